@@ -1,0 +1,88 @@
+"""Build a module from a manifest, from trusted factories only, and fill it with verified weights.
+
+A manifest chooses among code that the reader's own settings trust; it can never bring code.
+"""
+
+import importlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from emaswap.errors import BadVersion, Reason
+from emaswap.manifest import Architecture
+from emaswap.weights import dtype_name, named_tensors
+
+TRUSTED_BY_DEFAULT = ("emaswap.models.*",)
+
+
+def is_trusted(factory: str, trusted: Iterable[str]) -> bool:
+    """Whether a factory is on the list: as itself ("package.module:name"), or below a package ("package.*")."""
+    module = factory.partition(":")[0]
+    return any(
+        factory == pattern or (pattern.endswith(".*") and module.startswith(pattern.removesuffix("*")))
+        for pattern in trusted
+    )
+
+
+def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEFAULT) -> nn.Module:
+    """A new module in eval mode, with the weights its factory gave it.
+
+    Raises `BadVersion` when the factory is not trusted, cannot be imported, or does not return a module.
+    """
+    trusted = list(trusted)
+    if not is_trusted(architecture.factory, trusted):
+        raise BadVersion(
+            Reason.UNTRUSTED_FACTORY,
+            f"{architecture.factory} is not among the trusted factories ({', '.join(trusted)}); "
+            f"if it should be, start the service with --trust {architecture.factory}",
+        )
+    module_name, _, name = architecture.factory.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+        if architecture.factory not in trusted and getattr(factory, "__module__", None) != module_name:
+            # Trusting a package is trusting what it defines, not all that it happens to import.
+            raise TypeError(f"{name} is not defined in {module_name}")
+        module = factory(**architecture.arguments)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"it returned a {type(module).__name__}, not a torch.nn.Module")
+    except Exception as error:  # a factory is somebody else's code and may raise anything
+        raise BadVersion(
+            Reason.FACTORY_FAILED, f"{architecture.factory} failed: {type(error).__name__}: {error}"
+        ) from error
+    return module.eval().requires_grad_(False)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a module's parameters and persistent buffers.
+
+    Raises `BadVersion` naming every tensor that is missing, unexpected, or of another shape or dtype.
+    """
+    own = named_tensors(module)
+    _refuse(Reason.MISSING_TENSOR, sorted(own.keys() - tensors.keys()))
+    _refuse(Reason.UNEXPECTED_TENSOR, sorted(tensors.keys() - own.keys()))
+    _refuse(
+        Reason.WRONG_SHAPE,
+        [
+            f"{name}: expected {list(own[name].shape)}, got {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if own[name].shape != tensor.shape
+        ],
+    )
+    _refuse(
+        Reason.WRONG_DTYPE,
+        [
+            f"{name}: expected {dtype_name(own[name].dtype)}, got {dtype_name(tensor.dtype)}"
+            for name, tensor in tensors.items()
+            if own[name].dtype != tensor.dtype
+        ],
+    )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _refuse(reason: Reason, problems: list[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - 20} more" if problems[20:] else ""
+        raise BadVersion(reason, ", ".join(problems[:20]) + more)

@@ -1,0 +1,278 @@
+"""Publisher: puts an average's weights into a store without holding up the training loop.
+
+`publish()` copies the weights on the calling thread and returns; recording the probe, digesting, writing and
+committing happen on a thread of its own. When that thread is busy, the newest snapshot waits and older ones give way.
+"""
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+
+from emaswap import architecture as architectures
+from emaswap.digest import Algorithm
+from emaswap.ema import ModelEMA, unwrap
+from emaswap.errors import BadVersion, EmaswapError, Fenced, PublishError
+from emaswap.manifest import Architecture, EmaInfo, Manifest, ProbeInfo, TensorInfo, TrainingInfo, WeightsInfo
+from emaswap.probe import Probe, tolerances
+from emaswap.retention import Retention
+from emaswap.schedule import window
+from emaswap.signature import Inputs, Signature
+from emaswap.store import Store, open_store
+from emaswap.term import Term
+from emaswap.weights import dtype_name, named_tensors, not_finite
+
+log = logging.getLogger(__name__)
+
+
+class Publisher:
+    """One run's publisher of one model. Use it from one thread; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        store: Store | str | Path,
+        *,
+        model: str,
+        architecture: Architecture | str,
+        probe: Inputs,
+        signature: Signature | None = None,
+        keep: int = 10,
+        grace_s: float = 60.0,
+        algorithm: Algorithm = "blake3",
+        on_publish: Callable[[Manifest], None] | None = None,
+    ) -> None:
+        """Take the next term at the store.
+
+        Args:
+            store: a store, or the path of one; the directory is made when it is not there.
+            model: the model's name; a store holds versions of one model.
+            architecture: the factory that the service builds the module from, and its arguments
+                (`Architecture.of(Net, width=32)`, or "package.module:Net" when it takes none).
+            probe: a few typical inputs, rows first; several inputs by name. Their answers travel with each version.
+            signature: names, dtypes and shapes of inputs and outputs; by default what the probe shows.
+            keep: how many of the newest versions retention keeps.
+            grace_s: the age in seconds below which retention keeps every version.
+            algorithm: the digest's algorithm.
+            on_publish: called with each committed manifest, on the publisher's thread.
+
+        Raises:
+            StoreError: the store cannot be written.
+            PublishError: the store holds another model.
+        """
+        self.store = store if isinstance(store, Store) else open_store(store)
+        self.published = 0
+        self._architecture = Architecture(factory=architecture) if isinstance(architecture, str) else architecture
+        if self._architecture.factory.startswith("__main__:"):
+            raise PublishError(
+                f"the service cannot import {self._architecture.factory}: move the class into a module of its own"
+            )
+        self._probe_inputs = probe
+        self._signature = signature
+        self._algorithm = algorithm
+        self._on_publish = on_publish
+        self._term = Term(self.store, model)
+        self._model = model
+        self._retention = Retention(self.store, keep=keep, grace_s=grace_s)
+        self._retention.clean()
+
+        self._lock = threading.Lock()
+        self._pending: _Snapshot | None = None
+        self._spare: list[_Snapshot] = []
+        self._error: EmaswapError | None = None
+        self._working: Future[None] | None = None
+        self._proven = False
+        # An executor's thread finishes its work when the interpreter exits, even if nobody calls close().
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="emaswap-publisher")
+
+    def publish(
+        self, ema: ModelEMA | nn.Module, *, step: int = 0, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Snapshot the weights and return; they become the next version in the background.
+
+        Args:
+            ema: the average (or a plain module) to publish.
+            step: the optimizer step that training is at.
+            metrics: figures to keep with the version, such as raw and EMA accuracy.
+
+        Raises:
+            PublishError: an *earlier* snapshot could not be published. The one of this call is on its way all the same.
+            Fenced: another publisher has taken the store over; nothing more can be published from here.
+        """
+        if isinstance(self._error, Fenced):
+            raise self._error
+        with self._lock:
+            snapshot = self._pending or (self._spare.pop() if self._spare else _Snapshot())
+            snapshot.take(ema, TrainingInfo(step=step, metrics=dict(metrics or {})))
+            self._pending = snapshot
+            if self._working is None:
+                try:
+                    self._working = self._executor.submit(self._work)
+                except RuntimeError as error:
+                    raise PublishError("this publisher is closed") from error
+        self._raise_error()
+
+    def flush(self) -> None:
+        """Wait until everything snapshotted so far is published (or superseded). Raises like `publish`."""
+        with self._lock:
+            working = self._working
+        if working is not None:
+            working.result()
+        self._raise_error()
+
+    def close(self) -> None:
+        """Publish what is pending, and end. Raises like `publish`."""
+        self._executor.shutdown(wait=True)
+        self._raise_error()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _raise_error(self) -> None:
+        error = self._error
+        if error is not None:
+            if not isinstance(error, Fenced):
+                self._error = None
+            raise error
+
+    def _work(self) -> None:
+        """Publish pending snapshots until there is none."""
+        while True:
+            with self._lock:
+                snapshot, self._pending = self._pending, None
+                if snapshot is None or isinstance(self._error, Fenced):
+                    self._working = None
+                    return
+            try:
+                manifest = self._write(snapshot)
+                self.published += 1
+                if self._on_publish:
+                    self._on_publish(manifest)
+            except Fenced as error:
+                log.error("%s", error)
+                self._error = error
+            except Exception as error:  # it must reach the training loop, whatever it is
+                log.warning("step %d was not published: %s", snapshot.training.step, error)
+                self._error = PublishError(f"step {snapshot.training.step} was not published: {error}")
+                self._error.__cause__ = error
+            self._spare.append(snapshot)
+
+    def _write(self, snapshot: "_Snapshot") -> Manifest:
+        module = snapshot.module
+        tensors = named_tensors(module)
+        if bad := not_finite(tensors):
+            raise PublishError(
+                f"weights that are not finite would be rejected: {', '.join(bad[:5])} (for a mask of infinities, "
+                "register_buffer(..., persistent=False))"
+            )
+        if self._signature is None:
+            self._signature = Signature.infer(module, self._probe_inputs)
+        signature = self._signature
+        probe = Probe.record(module, signature, self._probe_inputs)
+        rtol, atol = tolerances(tensors, torch.device("cpu"))
+        if not self._proven:
+            self._prove(snapshot, probe, rtol, atol)
+            self._proven = True
+
+        weights = self.store.add_tensors("weights", tensors, self._algorithm)
+        recorded = self.store.add_tensors("probes", probe.to_tensors(), self._algorithm)
+        manifest = self._term.commit(
+            lambda place: Manifest(
+                model=self._model,
+                version=place.version,
+                term=place.term,
+                run=place.run,
+                parent=place.parent,
+                created_at=datetime.now(UTC),
+                weights=WeightsInfo(
+                    digest=weights.digest,
+                    size=weights.size,
+                    tensors={
+                        name: TensorInfo(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+                        for name, tensor in tensors.items()
+                    },
+                ),
+                architecture=self._architecture,
+                signature=signature,
+                ema=snapshot.ema,
+                training=snapshot.training,
+                probe=ProbeInfo(digest=recorded.digest, size=recorded.size, rtol=rtol, atol=atol),
+            )
+        )
+        log.info("published version %d (step %d)", manifest.version, manifest.training.step)
+        self._prune()
+        return manifest
+
+    def _prove(self, snapshot: "_Snapshot", probe: Probe, rtol: float, atol: float) -> None:
+        """Do once what every service will do, so that a wrong factory shows here and not in front of users."""
+        signature = self._signature
+        assert signature is not None
+        try:
+            module = architectures.build(self._architecture, trusted=[self._architecture.factory])
+            architectures.fill(module, named_tensors(snapshot.module))
+            probe.compare(probe.replay(module, signature), rtol=rtol, atol=atol)
+        except BadVersion as error:
+            raise PublishError(
+                f"{self._architecture.factory} does not build the module that is published: {error}"
+            ) from error
+
+    def _prune(self) -> None:
+        try:
+            self._retention.prune()
+        except EmaswapError as error:
+            log.warning("old versions were not pruned: %s", error)
+
+
+@dataclass
+class _Snapshot:
+    """A private copy of a module on the CPU, used again and again so that a snapshot costs one copy of the weights."""
+
+    module: nn.Module = None  # type: ignore[assignment]
+    ema: EmaInfo = EmaInfo()
+    training: TrainingInfo = TrainingInfo()
+
+    @torch.no_grad()
+    def take(self, ema: ModelEMA | nn.Module, training: TrainingInfo) -> None:
+        source = ema.ema if isinstance(ema, ModelEMA) else unwrap(ema)
+        if self.module is None or _layout(self.module) != _layout(source):
+            self.module = copy.deepcopy(source).cpu().eval()
+        elif mine := _state(self.module):
+            torch._foreach_copy_(mine, _state(source))
+        self.training = training
+        if isinstance(ema, ModelEMA):
+            self.ema = _describe(ema)
+
+
+def _state(module: nn.Module) -> list[torch.Tensor]:
+    # Non-persistent buffers, too: they are no part of the weights, but the probe's answers depend on them.
+    return [*module.parameters(), *module.buffers()]
+
+
+def _layout(module: nn.Module) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape, tensor.dtype) for tensor in _state(module)]
+
+
+def _describe(ema: ModelEMA) -> EmaInfo:
+    decay = ema.decay(ema.updates)
+    averaged = next((tensor for tensor in ema.ema.state_dict().values() if tensor.is_floating_point()), None)
+    return EmaInfo.model_validate(
+        {
+            **ema.decay.describe(),
+            "updates": ema.updates,
+            "window": window(decay),
+            "dtype": dtype_name(averaged.dtype) if averaged is not None else "none",
+        }
+    )

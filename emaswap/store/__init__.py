@@ -1,0 +1,19 @@
+"""The store: where versions are, each wholly there or not at all."""
+
+from pathlib import Path
+
+from emaswap.errors import StoreError
+from emaswap.store.base import Store
+from emaswap.store.directory import DirectoryStore
+
+__all__ = ["DirectoryStore", "Store", "open_store"]
+
+
+def open_store(location: str | Path) -> Store:
+    """The store at a directory's path (or a `file://` URL of one). Nothing is touched before it is used."""
+    text = str(location)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    elif "://" in text:
+        raise StoreError(f"cannot open {text!r}: this release reads and writes directories; give a path")
+    return DirectoryStore(Path(text))

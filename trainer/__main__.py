@@ -1,0 +1,53 @@
+"""`python -m trainer`: train and publish until done, or until told to stop."""
+
+import logging
+import signal
+import sys
+import threading
+from types import FrameType
+
+from pydantic import ValidationError
+
+from emaswap import EmaswapError
+from trainer.display import Display
+from trainer.loop import train
+from trainer.settings import TrainerSettings
+from trainer.tasks import find_task
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the trainer with command-line arguments; the exit status."""
+    try:
+        settings = TrainerSettings(_cli_parse_args=sys.argv[1:] if arguments is None else arguments)  # type: ignore[call-arg]
+    except ValidationError as error:
+        for problem in error.errors():
+            print(f"--{'.'.join(map(str, problem['loc'])).replace('_', '-')}: {problem['msg']}", file=sys.stderr)
+        print("see python -m trainer --help", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    stop = threading.Event()
+    try:
+        task = find_task(settings.task)
+        with Display(settings.steps) as display:
+            _stop_on_signals(stop, display)
+            step = train(settings, task, display, stop)
+            display.say(f"stopped at step {step} of {settings.steps}" if stop.is_set() else f"done: {step} steps")
+    except EmaswapError as error:
+        print(f"trainer: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _stop_on_signals(stop: threading.Event, display: Display) -> None:
+    """SIGTERM and Ctrl-C end the run after its step; the second one ends it at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What a person sees of a training run: a progress bar with the latest figures, and a line for each event.
+
+Without a terminal the bar is left out and the lines remain.
+"""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from emaswap import Manifest
+
+
+class Display:
+    """Progress of one run; a context manager."""
+
+    def __init__(self, steps: int, console: Console | None = None) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(show_speed=True),
+            TextColumn("loss {task.fields[loss]}  accuracy {task.fields[raw]} raw, {task.fields[ema]} EMA"),
+            TextColumn("v{task.fields[version]}"),
+            TimeRemainingColumn(),
+            console=console or Console(highlight=False, soft_wrap=True),
+        )
+        self._bar = self._progress.add_task("training", total=steps, loss="-", raw="-", ema="-", version=0)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, step: int) -> None:
+        """The number of steps done."""
+        self._progress.update(self._bar, completed=step)
+
+    def evaluated(self, loss: float, metrics: Mapping[str, float]) -> None:
+        """The smoothed training loss, and the newest raw and EMA metrics."""
+        raw, ema = (_figure(metrics.get(f"{kind}_accuracy")) for kind in ("raw", "ema"))
+        self._progress.update(self._bar, loss=f"{loss:.3f}", raw=raw, ema=ema)
+
+    def published(self, manifest: Manifest) -> None:
+        """A version is in the store. Called on the publisher's thread."""
+        self._progress.update(self._bar, version=manifest.version)
+        raw, ema = (_figure(manifest.training.metrics.get(f"{kind}_accuracy")) for kind in ("raw", "ema"))
+        self.say(f"published version {manifest.version}  step {manifest.training.step}  accuracy {raw} raw, {ema} EMA")
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self._progress.console.print(line, markup=False)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
