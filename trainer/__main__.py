@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         task = find_task(settings.task)
         with Display(settings.steps) as display:
-            _stop_on_signals(stop, display)
+            _stop_on_signals(stop)
             step = train(settings, task, display, stop)
             display.say(f"stopped at step {step} of {settings.steps}" if stop.is_set() else f"done: {step} steps")
     except EmaswapError as error:
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _stop_on_signals(stop: threading.Event, display: Display) -> None:
+def _stop_on_signals(stop: threading.Event) -> None:
     """SIGTERM and Ctrl-C end the run after its step; the second one ends it at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:

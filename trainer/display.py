@@ -42,15 +42,15 @@ class Display:
         """The number of steps done."""
         self._progress.update(self._bar, completed=step)
 
-    def evaluated(self, loss: float, metrics: Mapping[str, float]) -> None:
-        """The smoothed training loss, and the newest raw and EMA metrics."""
-        raw, ema = (_figure(metrics.get(f"{kind}_accuracy")) for kind in ("raw", "ema"))
-        self._progress.update(self._bar, loss=f"{loss:.3f}", raw=raw, ema=ema)
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """The newest smoothed training loss, and raw and EMA accuracy."""
+        loss, raw, ema = (_figure(metrics.get(name)) for name in ("train_loss", "raw_accuracy", "ema_accuracy"))
+        self._progress.update(self._bar, loss=loss, raw=raw, ema=ema)
 
     def published(self, manifest: Manifest) -> None:
         """A version is in the store. Called on the publisher's thread."""
         self._progress.update(self._bar, version=manifest.version)
-        raw, ema = (_figure(manifest.training.metrics.get(f"{kind}_accuracy")) for kind in ("raw", "ema"))
+        raw, ema = (_figure(manifest.training.metrics.get(name)) for name in ("raw_accuracy", "ema_accuracy"))
         self.say(f"published version {manifest.version}  step {manifest.training.step}  accuracy {raw} raw, {ema} EMA")
 
     def say(self, line: str) -> None:

@@ -3,24 +3,19 @@
 import contextlib
 import math
 import threading
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emaswap import EMA, EmaswapError, Fenced, ModelEMA, Publisher, PublishError
-from trainer import checkpoint
 from trainer.display import Display
+from trainer.run import Run
 from trainer.settings import TrainerSettings
 from trainer.tasks import Task
 
 # The displayed loss looks back over about 50 steps.
 _LOSS_ALPHA = 0.02
-# What must be the same for a checkpoint to be of the same run.
-_IDENTITY = ("task", "seed", "batch_size", "steps")
 
 
 def train(settings: TrainerSettings, task: Task, display: Display, stop: threading.Event) -> int:
@@ -34,18 +29,15 @@ def train(settings: TrainerSettings, task: Task, display: Display, stop: threadi
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     model = task.build_model().to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    shape = partial(warmup_and_cosine, warmup=settings.warmup_steps, steps=settings.steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    factor = partial(warmup_and_cosine, warmup=settings.warmup_steps, steps=settings.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     ema = ModelEMA(model, decay=settings.ema_decay, tau=settings.ema_tau)
     loss_average: EMA[Tensor] = EMA(_LOSS_ALPHA)
-    run = Run(settings, model, optimizer, schedule, ema, loss_average)
+    run = Run(settings, model=model, optimizer=optimizer, schedule=schedule, ema=ema, loss_average=loss_average)
+    if run.restore():
+        display.say(f"going on at step {run.step} from {settings.resume}")
 
-    step = last = run.restore()
-    if step:
-        display.say(f"going on at step {step} from {settings.resume}")
     with Publisher(
         settings.store,
         model=task.name,
@@ -55,8 +47,9 @@ def train(settings: TrainerSettings, task: Task, display: Display, stop: threadi
         keep=settings.keep,
         on_publish=display.published,
     ) as publisher:
-        while step < settings.steps and not stop.is_set():
-            batch = tuple(part.to(device) for part in task.batch(step, settings.batch_size, settings.seed))
+        stopping = stop.is_set()
+        while run.step < settings.steps and not stopping:
+            batch = tuple(part.to(device) for part in task.batch(run.step, settings.batch_size, settings.seed))
             model.train()
             with autocast(device):
                 loss = task.loss(model, batch)
@@ -66,13 +59,22 @@ def train(settings: TrainerSettings, task: Task, display: Display, stop: threadi
             schedule.step()
             ema.update(model)
             loss_average.update(loss)
-            step += 1
-            display.step(step)
-            if step % settings.publish_every == 0:
-                publish(step)
-        if step != last:
-            publish(step)
-    return step
+            run.step += 1
+            display.step(run.step)
+
+            # Read once a step, so that the step that ends the run is the one that is published and saved.
+            stopping = stop.is_set()
+            if stopping or run.step % settings.publish_every == 0 or run.step == settings.steps:
+                metrics = evaluate(task, model, ema, device) | {"train_loss": loss_average.get().item()}
+                display.evaluated(metrics)
+                try:
+                    publisher.publish(ema, step=run.step, metrics=metrics)
+                except Fenced:
+                    raise
+                except PublishError as error:  # a full disk, say, is no reason to lose a run
+                    display.say(f"warning: {error}; training goes on")
+                run.save()
+    return run.step
 
 
 def evaluate(task: Task, model: nn.Module, ema: ModelEMA, device: torch.device) -> dict[str, float]:
@@ -84,67 +86,11 @@ def evaluate(task: Task, model: nn.Module, ema: ModelEMA, device: torch.device) 
     return metrics
 
 
-def publish(publisher: Publisher, ema: ModelEMA, step: int, metrics: Mapping[str, float], display: Display) -> None:
-    """Publish, and go on training when an earlier version could not be: a full disk is no reason to lose a run."""
-    try:
-        publisher.publish(ema, step=step, metrics=metrics)
-    except Fenced:
-        raise
-    except PublishError as error:
-        display.say(f"warning: {error}; training goes on")
-
-
-class Run:
-    """Everything that a training checkpoint holds, saved and restored together."""
-
-    def __init__(
-        self,
-        settings: TrainerSettings,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LambdaLR,
-        ema: ModelEMA,
-        loss_average: EMA[Tensor],
-    ) -> None:
-        self.folder: Path | None = settings.resume
-        self.identity = {name: getattr(settings, name) for name in _IDENTITY}
-        self.parts: dict[str, Any] = {
-            "model": model,
-            "optimizer": optimizer,
-            "schedule": schedule,
-            "ema": ema,
-            "loss_average": loss_average,
-        }
-
-    def save(self, step: int) -> None:
-        """Save a checkpoint, where there is a folder for it."""
-        if self.folder is not None:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            random = checkpoint.random_state()
-            checkpoint.save(self.folder, step, {**state, "step": step, "identity": self.identity, "random": random})
-
-    def restore(self) -> int:
-        """Go on from the newest checkpoint; the step it was saved at, 0 when there is none."""
-        state = checkpoint.load(self.folder) if self.folder is not None else None
-        if state is None:
-            return 0
-        if state["identity"] != self.identity:
-            raise EmaswapError(
-                f"the checkpoint in {self.folder} is of another run: it has {state['identity']}, "
-                f"this one {self.identity}; give the same settings, or another --resume directory"
-            )
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        checkpoint.set_random_state(state["random"])
-        step: int = state["step"]
-        return step
-
-
 def pick_device(name: str) -> torch.device:
     """The device a setting means. Raises `EmaswapError` when it is CUDA and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise EmaswapError("--device cuda: torch sees no CUDA device here; use --device auto or cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -158,5 +104,3 @@ def warmup_and_cosine(step: int, *, warmup: int, steps: int) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-

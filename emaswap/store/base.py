@@ -100,23 +100,25 @@ class Store(ABC):
     # -- versions ---------------------------------------------------------------------------------------------------
 
     def versions(self) -> list[int]:
-        """The numbers of all committed versions, ascending."""
-        matches = map(_MANIFEST_NAME.fullmatch, self.names("versions"))
-        return sorted(int(match[1]) for match in matches if match)
-
-    def newest(self) -> int:
-        """The number of the newest committed version, 0 when there is none.
+        """The numbers of all committed versions, ascending.
 
         The listing, the hint and a look at the next number are asked together: a listing may lag behind on a network
         file system, and a publisher may die between its commit and CURRENT.
         """
-        newest = max(self.versions(), default=0)
-        hint = self.hint()
-        if hint > newest and self.stamp(manifest_key(hint)):
-            newest = hint
-        while self.stamp(manifest_key(newest + 1)):
-            newest += 1
-        return newest
+        matches = map(_MANIFEST_NAME.fullmatch, self.names("versions"))
+        found = sorted(int(match[1]) for match in matches if match)
+        newest = found[-1] if found else 0
+        ahead = self.hint()
+        if ahead <= newest or self.stamp(manifest_key(ahead)) is None:
+            ahead = newest + 1
+        while self.stamp(manifest_key(ahead)) is not None:
+            found.append(ahead)
+            ahead += 1
+        return found
+
+    def newest(self) -> int:
+        """The number of the newest committed version, 0 when there is none."""
+        return max(self.versions(), default=0)
 
     def hint(self) -> int:
         """What CURRENT says, 0 when it says nothing that can be read."""

@@ -1,0 +1,212 @@
+"""The application: wires the parts together. The lifespan owns what must be started and closed."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Annotated
+
+import torch
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from emaswap import EmaswapError, __version__, open_store
+from service.admin import Admin, read_token
+from service.batcher import Batcher
+from service.errors import Refusal
+from service.lifecycle import History
+from service.loader import Loader
+from service.metrics import Metrics
+from service.predict import Predict
+from service.schemas import (
+    Health,
+    LiveVersion,
+    PinRequest,
+    PinState,
+    PredictRequest,
+    PredictResponse,
+    Problem,
+    Readiness,
+    Versions,
+)
+from service.settings import ServiceSettings
+from service.slot import Slot
+from service.watcher import Watcher
+
+
+class Service:
+    """The parts of one running service, and whether it is draining."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        """Raises `EmaswapError` when a setting cannot be met: a store of an unknown kind, no such device, no token."""
+        self.settings = settings
+        self.draining = False
+        self.slot = Slot()
+        self.history = History()
+        self.metrics = Metrics(self.slot)
+        self.batcher = Batcher(
+            self.slot, self.metrics, max_rows=settings.max_batch_rows, max_waiting=settings.max_waiting
+        )
+        store = open_store(settings.store)
+        loader = Loader(store, trusted=settings.trusted, device=pick_device(settings.device))
+        self.watcher = Watcher(store, self.slot, loader, self.history, self.metrics, settings.poll_s)
+        self.admin = Admin(self.watcher, self.history, read_token(settings.admin_token_file))
+        self.predict = Predict(
+            self.slot,
+            self.batcher,
+            self.metrics,
+            settings,
+            status=lambda: self.watcher.status,
+            draining=lambda: self.draining,
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self, app: FastAPI) -> AsyncIterator[None]:
+        """Follow the store for as long as the application runs."""
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        watching = asyncio.create_task(self.watcher.run(), name="watcher")
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+            self.watcher.close()
+            self.batcher.close()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a setting means. Raises `EmaswapError` when it is CUDA and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EmaswapError("--device cuda: torch sees no CUDA device here; use --device auto or cpu")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def create_app(settings: ServiceSettings) -> FastAPI:
+    """The ASGI application for these settings."""
+    service = Service(settings)
+    app = FastAPI(
+        title="emaswap",
+        version=__version__,
+        description="The EMA weights of a running training job. Every answer names the version that made it.",
+        lifespan=service.running,
+        responses={"4XX": {"model": Problem}, "503": {"model": Problem}},
+    )
+    app.state.service = service
+    app.router.routes.append(_predict_route(service.predict))
+    app.include_router(_model_routes(service))
+    app.include_router(_admin_routes(service))
+    app.include_router(_probe_routes(service))
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+def _predict_route(endpoint: ASGIApp) -> APIRoute:
+    async def predict(request: PredictRequest) -> PredictResponse:
+        """Run rows through the live version. `X-Min-Model-Version: N` asks for version N or later, or a 412."""
+        raise NotImplementedError
+
+    # FastAPI documents the function above; what answers is the endpoint.
+    route = APIRoute("/predict", predict, methods=["POST"], tags=["predict"], response_model=PredictResponse)
+    route.app = endpoint
+    return route
+
+
+def _model_routes(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/model", tags=["model"])
+
+    @routes.get("/version")
+    async def version() -> LiveVersion:
+        """Everything known about the live version."""
+        live = service.slot.current
+        if live is None:
+            raise Refusal("no_live_version", f"no version is live yet: {service.watcher.status}")
+        return LiveVersion.of(live, service.watcher.pin, datetime.now(UTC))
+
+    @routes.get("/versions")
+    async def versions() -> Versions:
+        """The newest versions with their states, and why the rejected ones were rejected."""
+        watcher = service.watcher
+        return Versions.of(service.slot.current, watcher.pin, watcher.status, service.history.newest_first())
+
+    return routes
+
+
+def _admin_routes(service: Service) -> APIRouter:
+    def authorize(authorization: Annotated[str | None, Header()] = None) -> None:
+        service.admin.authorize(authorization)
+
+    routes = APIRouter(prefix="/model", tags=["operators"], dependencies=[Depends(authorize)])
+
+    @routes.post("/pin")
+    async def pin(request: PinRequest) -> PinState:
+        """Serve this version, whatever is newer, until the pin is removed. It holds across restarts and replicas."""
+        return await service.admin.pin(request.version, request.reason)
+
+    @routes.delete("/pin")
+    async def unpin() -> PinState:
+        """Return to the newest version."""
+        return await service.admin.unpin()
+
+    @routes.post("/refresh")
+    async def refresh() -> PinState:
+        """Look at the store now."""
+        return await service.admin.refresh()
+
+    return routes
+
+
+def _probe_routes(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["operations"])
+
+    @routes.get("/healthz")
+    async def healthz() -> Health:
+        """The process is alive."""
+        return Health(status="alive")
+
+    @routes.get("/readyz", responses={503: {"model": Readiness}})
+    async def readyz(response: Response) -> Readiness:
+        """200 when a version is live and the service is not draining; 503 otherwise, and why."""
+        live = service.slot.current
+        reason = "draining" if service.draining else None if live else service.watcher.status
+        response.status_code = 200 if reason is None else 503
+        return Readiness(ready=reason is None, version=live.version if live else None, reason=reason)
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """All metrics in the text format of Prometheus."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
+
+
+def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": code, "detail": detail}, status, headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return _problem(error.status, error.code, error.detail, error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+    refusal = Refusal("invalid_request", "; ".join(problems))
+    return _problem(refusal.status, refusal.code, refusal.detail)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = str(error.detail).lower().replace(" ", "_")
+    return _problem(
+        error.status_code, code, f"{request.method} {request.url.path}: {error.detail}; see /docs", dict(error.headers or {})
+    )

@@ -1,0 +1,55 @@
+"""What to do next: a pure function from what is known to one action. It touches no store and no clock."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Known:
+    """Version numbers: the live one, those in the store (ascending), the pinned one, those that were rejected."""
+
+    live: int | None = None
+    versions: tuple[int, ...] = ()
+    pinned: int | None = None
+    rejected: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Load:
+    """Fetch, verify and warm this version, and let it go live."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Leave things as they are."""
+
+    why: str
+
+
+def decide(known: Known) -> Load | Stay:
+    """A pin is an order: just that version may go live. Without one, the newest version that was not rejected may.
+
+    Nothing ever takes the live version away without another to take its place.
+    """
+    if known.pinned is not None:
+        if known.pinned == known.live:
+            return Stay(f"the pinned version {known.pinned} is live")
+        if known.pinned not in known.versions:
+            return Stay(f"the pinned version {known.pinned} is not in the store")
+        if known.pinned in known.rejected:
+            return Stay(f"the pinned version {known.pinned} was rejected")
+        return Load(known.pinned)
+
+    if not known.versions:
+        return Stay("there is no version in the store yet")
+    for version in reversed(known.versions):
+        if known.live is not None and version <= known.live:
+            break
+        if version not in known.rejected:
+            return Load(version)
+    if known.live is None:
+        return Stay(f"all {len(known.versions)} versions in the store were rejected")
+    if known.versions[-1] in known.rejected:
+        return Stay(f"every version after the live {known.live} was rejected")
+    return Stay(f"the newest version {known.live} is live")

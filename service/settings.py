@@ -1,0 +1,62 @@
+"""The service's settings: each a flag and an `EMASWAP_...` variable, read once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from emaswap.architecture import TRUSTED_BY_DEFAULT
+
+
+class ServiceSettings(BaseSettings):
+    """Serve the newest (or the pinned) version in a store over HTTP, and follow the store as it changes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EMASWAP_",
+        frozen=True,
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+    )
+
+    store: str = Field(description="Directory of the store to follow; it need not be there yet.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one, which the log names.")
+    trust: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Factory to trust besides those of emaswap.models, as `package.module:factory` or `package.*`; "
+        "may be repeated, or separated by commas.",
+    )
+    admin_token_file: Path | None = Field(
+        None, description="File with the bearer token of /model/pin and /model/refresh; without it they are off."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run the model.")
+    threads: int = Field(0, ge=0, description="Threads that torch computes with on the CPU; 0 leaves it to torch.")
+    poll_s: float = Field(
+        1.0, gt=0, le=3600, description="Seconds between looks at the store; notifications only make it quicker."
+    )
+    max_body_bytes: int = Field(8 << 20, ge=1, description="Largest request body; a larger one is answered 413.")
+    max_batch_rows: int = Field(512, ge=1, description="Most rows of one request, and of one batch of requests.")
+    max_waiting: int = Field(1024, ge=1, description="Requests that may wait for the model; more are answered 429.")
+    body_timeout_s: float = Field(30.0, gt=0, description="Seconds a client may take to send its body; then 408.")
+    drain_s: float = Field(
+        0.5, ge=0, description="Seconds after SIGTERM in which /readyz says no, but requests are still taken."
+    )
+    shutdown_s: float = Field(30.0, gt=0, description="Seconds that requests in flight then have to finish.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Log lines as JSON or as text; `auto` is text on a terminal and JSON elsewhere."
+    )
+
+    @field_validator("trust", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, (list, tuple)):
+            return values
+        return tuple(part.strip() for text in values for part in str(text).split(",") if part.strip())
+
+    @property
+    def trusted(self) -> tuple[str, ...]:
+        """Every factory and package that models may be built from."""
+        return (*TRUSTED_BY_DEFAULT, *self.trust)
