@@ -17,10 +17,10 @@ TRUSTED_BY_DEFAULT = ("emaswap.models.*",)
 
 
 def is_trusted(factory: str, trusted: Iterable[str]) -> bool:
-    """Whether a factory is on the list: as itself ("package.module:name"), or below a package ("package.*")."""
+    """Whether a factory is on the list: as itself ("package.module:name"), or in a package or below it ("package.*")."""
     module = factory.partition(":")[0]
     return any(
-        factory == pattern or (pattern.endswith(".*") and module.startswith(pattern.removesuffix("*")))
+        factory == pattern or (pattern.endswith(".*") and f"{module}.".startswith(pattern.removesuffix("*")))
         for pattern in trusted
     )
 

@@ -52,7 +52,7 @@ class Loader:
             try:
                 yield
             finally:
-                timings_s[state] = round(time.perf_counter() - began, 6)
+                timings_s[str(state)] = round(time.perf_counter() - began, 6)
 
         with stage(State.FETCHING):
             weights = self.store.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size)).tensors
