@@ -18,6 +18,7 @@ import structlog
 from watchfiles import awatch
 
 from emaswap import BadVersion, Manifest, Missing, Pin, Reason, Store, StoreError
+from emaswap.store.base import manifest_key
 from service.lifecycle import History, State
 from service.loader import Loader
 from service.metrics import Metrics
@@ -164,6 +165,8 @@ class Watcher:
         except Missing:
             return  # pruned between listing and reading: the next look sees what there is now
         except BadVersion as error:
+            if error.reason is Reason.FILE_MISSING and self.store.stamp(manifest_key(version)) is None:
+                return  # pruned while it was being read, manifest first
             self._reject(version, error, stamps, timings_s)
             return
         except MemoryError as error:

@@ -1,5 +1,7 @@
 """Networks that tests train, publish and serve. The service under test imports them by path and is told to trust them."""
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ class Everywhere(nn.Module):
 
     def __init__(self, tensors: int = 8, size: int = 4, value: float = 0.0) -> None:
         super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(torch.full((size,), value)) for _ in range(tensors)])
+        self.weights = nn.ParameterList([nn.Parameter(torch.full((size,), float(value))) for _ in range(tensors)])
 
     def forward(self, rows: Tensor) -> Tensor:
         return torch.cat(list(self.weights)).expand(rows.shape[0], -1) + 0 * rows.sum(dim=1, keepdim=True)
@@ -60,3 +62,16 @@ class Tokens(nn.Module):
     def forward(self, tokens: Tensor, bias: Tensor) -> dict[str, Tensor]:
         mean = self.embedding(tokens).mean(dim=1)
         return {"logits": self.head(torch.cat([mean, bias[:, None]], dim=1)), "mean": mean}
+
+
+class Slow(nn.Module):
+    """Takes its time, in seconds, to hand back its rows."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return rows * self.weight

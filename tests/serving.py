@@ -1,7 +1,6 @@
 """Real services for tests: in a thread of this process, or in a process of their own."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -135,9 +134,10 @@ class ServiceProcess(Served):
         return [event for event in parsed if event["event"] == name]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End the process and return its exit status."""
+        """End the process, if it has not ended, and return its exit status."""
         self.client.close()
-        os.kill(self.process.pid, number)
+        if self.process.poll() is None:
+            self.process.send_signal(number)
         status = self.process.wait(60)
         self._reader.join()
         assert self.process.stdout is not None
@@ -148,5 +148,4 @@ class ServiceProcess(Served):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.stop()
+        self.stop()

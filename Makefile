@@ -1,0 +1,48 @@
+# Every target does its own set-up: a virtual environment in .venv with the versions that constraints.txt pins.
+# PYTHON chooses the interpreter (3.11 or later). Only CPU wheels of torch are wanted? Name an index that has them in
+# pip's own variable PIP_EXTRA_INDEX_URL.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long check bench format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[service,trainer,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## trainer and service together on real data, for about a minute
+	$(BIN)/python demo.py
+
+test: $(INSTALLED) ## the tests
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: $(INSTALLED) ## the tests that take minutes
+	$(BIN)/python -m pytest -m long
+
+check: $(INSTALLED) ## lint, types, and the tests once more with branch coverage
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -m 'not long'
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: $(INSTALLED) ## the benchmarks; ends with the bars that do not hold
+	$(BIN)/python -m benchmarks
+
+format: $(INSTALLED) ## format the code
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## remove what the other targets made
+	rm -rf .venv build *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
