@@ -1,0 +1,149 @@
+"""Forged versions: committed by the book, wrong in one respect."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emaswap import Architecture, DirectoryStore, Manifest, Reason, Signature
+from emaswap.digest import digest_of, stem_of
+from emaswap.manifest import ProbeInfo, TensorInfo, WeightsInfo
+from emaswap.probe import Probe
+from emaswap.store.base import tensors_key
+from emaswap.term import Term
+from emaswap.weights import Blob, dtype_name, named_tensors
+from tests.models import Linear
+
+Tensors = dict[str, Tensor]
+ROWS = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+def _same(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _untouched(path: Path) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Forgery:
+    """What is wrong with a version, and the reason for which it must be rejected."""
+
+    reason: Reason
+    weights: Callable[[Tensors], Tensors] = _same
+    probe: Callable[[Tensors], Tensors] = _same
+    file: Callable[[Path], None] = _untouched
+    factory: str = ""
+    raw_weights: bytes | None = None
+    manifest: Callable[[bytes], bytes] | None = None
+
+
+def commit(store: DirectoryStore, term: Term, forgery: Forgery | None = None) -> Manifest:
+    """Commit a `Linear` as the next version, whole or forged; what its manifest said before that was forged, too."""
+    forgery = forgery or Forgery(Reason.MANIFEST_INVALID)
+    module = Linear().eval()
+    tensors = forgery.weights(named_tensors(module))
+    signature = Signature.infer(module, ROWS)
+    recorded = forgery.probe(Probe.record(module, signature, ROWS).to_tensors())
+    weights = _put(store, forgery.raw_weights) if forgery.raw_weights else store.add_tensors("weights", tensors, "blake3")
+    probe = store.add_tensors("probes", recorded, "blake3")
+    architecture = Architecture(factory=forgery.factory) if forgery.factory else Architecture.of(Linear)
+    forgery.file(store.root / tensors_key("weights", weights.digest))
+    manifest = term.commit(
+        lambda place: Manifest(
+            model="test",
+            version=place.version,
+            term=place.term,
+            run=place.run,
+            parent=place.parent,
+            created_at=datetime.now(UTC),
+            weights=WeightsInfo(digest=weights.digest, size=weights.size, tensors=_table(tensors)),
+            architecture=architecture,
+            signature=signature,
+            probe=ProbeInfo(digest=probe.digest, size=probe.size, rtol=1e-4, atol=1e-5),
+        )
+        if forgery.manifest is None
+        else _Forged(forgery.manifest, place.version)  # type: ignore[arg-type, return-value]
+    )
+    return manifest
+
+
+class _Forged:
+    """Stands where a manifest would, with bytes that are none."""
+
+    def __init__(self, forge: Callable[[bytes], bytes], version: int) -> None:
+        self.version = version
+        self._forge = forge
+
+    def encode(self) -> bytes:
+        return self._forge(str(self.version).encode())
+
+
+def _table(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _put(store: DirectoryStore, data: bytes) -> Blob:
+    digest = digest_of(data)
+    (store.root / "weights" / f"{stem_of(digest)}.safetensors").write_bytes(data)
+    return Blob(digest, len(data))
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x10
+    path.write_bytes(data)
+
+
+def _replace_by_link(path: Path) -> None:
+    elsewhere = path.with_suffix(".elsewhere")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def _with_nan(tensors: Tensors) -> Tensors:
+    bias = tensors["layer.bias"].clone()
+    bias[0] = float("nan")
+    return tensors | {"layer.bias": bias}
+
+
+def _without(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def _other_answers(recorded: Tensors) -> Tensors:
+    return {name: value + 0.01 if name.startswith("output/") else value for name, value in recorded.items()}
+
+
+FORGERIES = {
+    "flipped bit": Forgery(Reason.DIGEST_MISMATCH, file=_flip_a_bit),
+    "truncated file": Forgery(Reason.SIZE_MISMATCH, file=lambda path: os.truncate(path, path.stat().st_size - 5)),
+    "longer file": Forgery(Reason.SIZE_MISMATCH, file=lambda path: path.write_bytes(path.read_bytes() + b"!") and None),
+    "file gone": Forgery(Reason.FILE_MISSING, file=Path.unlink),
+    "link instead of a file": Forgery(Reason.NOT_A_FILE, file=_replace_by_link),
+    "giant header": Forgery(Reason.HEADER_TOO_LARGE, raw_weights=(1 << 60).to_bytes(8, "little") + b"{}"),
+    "rubbish for a header": Forgery(Reason.HEADER_INVALID, raw_weights=(8).to_bytes(8, "little") + b"not JSON"),
+    "wrong shape": Forgery(Reason.WRONG_SHAPE, weights=lambda tensors: tensors | {"layer.bias": torch.zeros(3)}),
+    "wrong dtype": Forgery(
+        Reason.WRONG_DTYPE, weights=lambda tensors: tensors | {"layer.bias": torch.zeros(2, dtype=torch.float64)}
+    ),
+    "missing tensor": Forgery(Reason.MISSING_TENSOR, weights=_without("layer.bias")),
+    "unexpected tensor": Forgery(
+        Reason.UNEXPECTED_TENSOR, weights=lambda tensors: tensors | {"layer.scale": torch.ones(2)}
+    ),
+    "NaN": Forgery(Reason.NOT_FINITE, weights=_with_nan),
+    "wrong probe answer": Forgery(Reason.PROBE_MISMATCH, probe=_other_answers),
+    "probe without inputs": Forgery(Reason.PROBE_FAILED, probe=_without("input/input")),
+    "untrusted factory": Forgery(Reason.UNTRUSTED_FACTORY, factory="os:system"),
+    "factory that is not there": Forgery(Reason.FACTORY_FAILED, factory="tests.models:Absent"),
+    "manifest not JSON": Forgery(Reason.MANIFEST_INVALID, manifest=lambda version: b"version " + version),
+    "manifest without fields": Forgery(Reason.MANIFEST_INVALID, manifest=lambda version: b'{"version": %b}' % version),
+    "manifest of a later format": Forgery(
+        Reason.FORMAT_UNKNOWN, manifest=lambda _: b'{"format": 2, "release": "9.0.0"}'
+    ),
+}
