@@ -52,7 +52,9 @@ def main() -> int:
                 "--publish-every", PUBLISH_EVERY, "--seed", 1, "--threads", 1,
             )  # fmt: skip
             try:
-                console.print(f"trainer: {STEPS} steps on real digits, a version every {PUBLISH_EVERY} (pid {trainer.pid})")
+                console.print(
+                    f"trainer: {STEPS} steps on real digits, a version every {PUBLISH_EVERY} (pid {trainer.pid})"
+                )
                 tally, lives = watch(url, trainer)
             finally:
                 end(trainer)
@@ -66,8 +68,7 @@ def main() -> int:
 def start(module: str, *arguments: object) -> subprocess.Popen[str]:
     """A process of this project; its output is read or drained by threads."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return process
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def drain(lines: IO[str], kept: list[str]) -> None:

@@ -16,7 +16,7 @@ from emaswap.errors import (
 )
 from emaswap.manifest import Architecture, Manifest, Pin
 from emaswap.publisher import Publisher
-from emaswap.release import RELEASE as __version__
+from emaswap.release import __version__
 from emaswap.schedule import Constant, ExponentialRamp, Schedule
 from emaswap.signature import Signature, TensorField
 from emaswap.store import DirectoryStore, Store, open_store

@@ -15,13 +15,16 @@ from emaswap import proof
 from emaswap.architecture import TRUSTED_BY_DEFAULT
 from emaswap.errors import BadVersion, EmaswapError, Missing
 from emaswap.manifest import Manifest, Pin
-from emaswap.release import RELEASE
+from emaswap.release import __version__
 from emaswap.retention import Retention
 from emaswap.store import Store, open_store
 from emaswap.store.base import tensors_key
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Look into a store; pin, unpin and prune what is in it."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Look into a store; pin, unpin and prune what is in it.",
 )
 # A table is not squeezed into a narrow terminal, nor into the 80 columns of a pipe: lines may wrap.
 console = Console(highlight=False, width=max(160, Console().width))
@@ -118,7 +121,7 @@ def prune(
 @app.command()
 def release() -> None:
     """Print the release of emaswap."""
-    console.print(RELEASE)
+    console.print(__version__)
 
 
 def _row(manifest: Manifest) -> list[str]:

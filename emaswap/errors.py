@@ -1,15 +1,15 @@
 """Every exception that emaswap raises on purpose.
 
-    EmaswapError
-    ├── EmaError            an average was asked for something it cannot give
-    ├── StoreError          the store could not be read or written just now
-    │   ├── Missing         a file that was asked for is not there
-    │   ├── NotAFile        a link, a folder or a device stands where a file should
-    │   ├── TooLarge        a file is larger than such a file can be
-    │   └── ReadOnly        this process may not do that here
-    ├── BadVersion          a version is not what it claims to be; carries a `Reason`
-    └── PublishError        a version could not be published; the store is as it was
-        └── Fenced          another publisher has taken the store over; stop
+EmaswapError
+├── EmaError            an average was asked for something it cannot give
+├── StoreError          the store could not be read or written just now
+│   ├── Missing         a file that was asked for is not there
+│   ├── NotAFile        a link, a folder or a device stands where a file should
+│   ├── TooLarge        a file is larger than such a file can be
+│   └── ReadOnly        this process may not do that here
+├── BadVersion          a version is not what it claims to be; carries a `Reason`
+└── PublishError        a version could not be published; the store is as it was
+    └── Fenced          another publisher has taken the store over; stop
 """
 
 from enum import StrEnum

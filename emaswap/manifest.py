@@ -12,7 +12,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from emaswap.digest import Digest
 from emaswap.errors import BadVersion, Reason
-from emaswap.release import RELEASE
+from emaswap.release import __version__
 from emaswap.signature import Signature
 
 FORMAT = 1
@@ -93,7 +93,7 @@ class Manifest(_Frozen):
     """One version. `term` and `run` name its publisher's turn at the store, `parent` is the manifest before it."""
 
     format: int = FORMAT
-    release: str = RELEASE
+    release: str = __version__
     model: Annotated[str, Field(min_length=1, max_length=200)]
     version: Version
     term: Annotated[int, Field(ge=1)]
@@ -122,7 +122,7 @@ class Manifest(_Frozen):
             raise BadVersion(
                 Reason.FORMAT_UNKNOWN,
                 f"written in format {raw['format']} by emaswap {raw.get('release', '(unknown)')}; this is emaswap "
-                f"{RELEASE}, which reads up to format {FORMAT}: upgrade to the release that wrote it, or a later one",
+                f"{__version__}, which reads up to format {FORMAT}: upgrade to the release that wrote it, or a later one",
             )
         try:
             return cls.model_validate_json(data)

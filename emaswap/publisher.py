@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -93,9 +93,7 @@ class Publisher:
         # An executor's thread finishes its work when the interpreter exits, even if nobody calls close().
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="emaswap-publisher")
 
-    def publish(
-        self, ema: ModelEMA | nn.Module, *, step: int = 0, metrics: Mapping[str, float] | None = None
-    ) -> None:
+    def publish(self, ema: ModelEMA | nn.Module, *, step: int = 0, metrics: Mapping[str, float] | None = None) -> None:
         """Snapshot the weights and return; they become the next version in the background.
 
         Args:
@@ -241,8 +239,8 @@ class _Snapshot:
     """A private copy of a module on the CPU, used again and again so that a snapshot costs one copy of the weights."""
 
     module: nn.Module = None  # type: ignore[assignment]
-    ema: EmaInfo = EmaInfo()
-    training: TrainingInfo = TrainingInfo()
+    ema: EmaInfo = field(default_factory=EmaInfo)
+    training: TrainingInfo = field(default_factory=TrainingInfo)
 
     @torch.no_grad()
     def take(self, ema: ModelEMA | nn.Module, training: TrainingInfo) -> None:

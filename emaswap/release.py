@@ -1,3 +1,3 @@
 """The release of emaswap; every manifest carries it."""
 
-RELEASE = "0.1.0"
+__version__ = "0.1.0"

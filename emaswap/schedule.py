@@ -25,7 +25,7 @@ class Constant:
 
     decay: float
 
-    def __call__(self, updates: float) -> float:
+    def __call__(self, updates: float) -> float:  # noqa: ARG002  (every schedule is called alike)
         return self.decay
 
     def describe(self) -> dict[str, str | float]:

@@ -122,10 +122,10 @@ def _named_outputs(returned: object, names: list[str] | None) -> dict[str, Tenso
         if len(values) != len(names):
             raise ValueError(f"the module returned {len(values)} outputs, the signature has {len(names)}: {names}")
         named = dict(zip(names, values, strict=True))
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"output {name!r} is a {type(value).__name__}, expected a tensor")
-    return named
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    for name in named.keys() - tensors.keys():
+        raise TypeError(f"output {name!r} is a {type(named[name]).__name__}, expected a tensor")
+    return tensors
 
 
 def _fields_of(named: Mapping[str, Tensor]) -> tuple[TensorField, ...]:

@@ -104,7 +104,7 @@ def write(
 def _parts(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
     for tensor in tensors:
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for begin in range(0, len(data), _CHUNK_BYTES):
             yield data[begin : begin + _CHUNK_BYTES]
 
@@ -116,7 +116,7 @@ def read(file: BinaryIO, blob: Blob) -> TensorFile:
     """
     # One byte more than expected is asked for, so that a longer file shows without being read whole.
     buffer = np.empty(blob.size + 1, dtype=np.uint8)
-    view = memoryview(buffer)
+    view: memoryview = buffer.data
     hasher = new_hasher(algorithm_of(blob.digest))
     size = 0
     while size < len(view):

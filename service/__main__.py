@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
 def main(arguments: list[str] | None = None) -> int:
     """Run the service with command-line arguments; the exit status."""
     try:
-        settings = ServiceSettings(_cli_parse_args=sys.argv[1:] if arguments is None else arguments)  # type: ignore[call-arg]
+        settings = ServiceSettings(_cli_parse_args=sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
         for problem in error.errors():
             print(f"--{'.'.join(map(str, problem['loc'])).replace('_', '-')}: {problem['msg']}", file=sys.stderr)

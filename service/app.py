@@ -52,9 +52,8 @@ class Service:
         self.batcher = Batcher(
             self.slot, self.metrics, max_rows=settings.max_batch_rows, max_waiting=settings.max_waiting
         )
-        store = open_store(settings.store)
-        loader = Loader(store, trusted=settings.trusted, device=pick_device(settings.device))
-        self.watcher = Watcher(store, self.slot, loader, self.history, self.metrics, settings.poll_s)
+        loader = Loader(open_store(settings.store), trusted=settings.trusted, device=pick_device(settings.device))
+        self.watcher = Watcher(self.slot, loader, self.history, self.metrics, poll_s=settings.poll_s)
         self.admin = Admin(self.watcher, self.history, read_token(settings.admin_token_file))
         self.predict = Predict(
             self.slot,
@@ -66,7 +65,7 @@ class Service:
         )
 
     @contextlib.asynccontextmanager
-    async def running(self, app: FastAPI) -> AsyncIterator[None]:
+    async def running(self, _: FastAPI) -> AsyncIterator[None]:
         """Follow the store for as long as the application runs."""
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
@@ -192,12 +191,12 @@ def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None
     return JSONResponse({"error": code, "detail": detail}, status, headers)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     return _problem(error.status, error.code, error.detail, error.headers)
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
     refusal = Refusal("invalid_request", "; ".join(problems))
@@ -208,5 +207,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = str(error.detail).lower().replace(" ", "_")
     return _problem(
-        error.status_code, code, f"{request.method} {request.url.path}: {error.detail}; see /docs", dict(error.headers or {})
+        error.status_code,
+        code,
+        f"{request.method} {request.url.path}: {error.detail}; see /docs",
+        dict(error.headers or {}),
     )

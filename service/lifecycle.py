@@ -1,7 +1,7 @@
 """The states a version goes through in the service, and the record of where each one is.
 
-    discovered → fetching → verifying → warming → live → previous → retired
-                     └─────────┴───────────┴──▶ rejected
+discovered → fetching → verifying → warming → live → previous → retired
+                 └─────────┴───────────┴──▶ rejected
 """
 
 from dataclasses import dataclass, field, replace

@@ -17,40 +17,59 @@ class Metrics:
     """The metrics of one service."""
 
     def __init__(self, slot: Slot) -> None:
-        disable_created_metrics()  # they double the number of series, and nobody plots them
-        self.registry = CollectorRegistry()
-        to = {"registry": self.registry}
-        Gauge("emaswap_info", "1, labelled with the release of emaswap.", ["release"], **to).labels(__version__).set(1)
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series, and nobody plots them
+        self.registry = registry = CollectorRegistry()
+        Gauge("emaswap_info", "1, labelled with the release of emaswap.", ["release"], registry=registry).labels(
+            __version__
+        ).set(1)
 
-        self.live_version = Gauge("emaswap_live_version", "The version that answers; 0 before the first.", **to)
-        self.live_step = Gauge("emaswap_live_step", "The training step of the live version.", **to)
-        self.newest_version = Gauge("emaswap_newest_version", "The newest version in the store.", **to)
-        self.pinned_version = Gauge("emaswap_pinned_version", "The pinned version; 0 without a pin.", **to)
+        self.live_version = Gauge(
+            "emaswap_live_version", "The version that answers; 0 before the first.", registry=registry
+        )
+        self.live_step = Gauge("emaswap_live_step", "The training step of the live version.", registry=registry)
+        self.newest_version = Gauge("emaswap_newest_version", "The newest version in the store.", registry=registry)
+        self.pinned_version = Gauge("emaswap_pinned_version", "The pinned version; 0 without a pin.", registry=registry)
         self.live_age = Gauge(
-            "emaswap_live_age_seconds", "Time since the live version was published; NaN before the first.", **to
+            "emaswap_live_age_seconds",
+            "Time since the live version was published; NaN before the first.",
+            registry=registry,
         )
         self.live_age.set_function(lambda: _age_s(slot))
         self.publish_to_served = Histogram(
-            "emaswap_publish_to_served_seconds", "From a version's commit to it being live.", buckets=_SECONDS, **to
+            "emaswap_publish_to_served_seconds",
+            "From a version's commit to it being live.",
+            buckets=_SECONDS,
+            registry=registry,
         )
-        self.swaps = Counter("emaswap_swaps", "Times a version went live.", **to)
-        self.rejected = Counter("emaswap_rejected_versions", "Versions rejected, by reason.", ["reason"], **to)
+        self.swaps = Counter("emaswap_swaps", "Times a version went live.", registry=registry)
+        self.rejected = Counter(
+            "emaswap_rejected_versions", "Versions rejected, by reason.", ["reason"], registry=registry
+        )
         for reason in Reason:
             self.rejected.labels(reason=reason)
         self.load = Histogram(
-            "emaswap_load_seconds", "Time to load a version, by stage.", ["stage"], buckets=_SECONDS, **to
+            "emaswap_load_seconds", "Time to load a version, by stage.", ["stage"], buckets=_SECONDS, registry=registry
         )
         self.drift = Gauge(
-            "emaswap_drift", "Mean |difference| of the live version's answers to its probe from its predecessor's.", **to
+            "emaswap_drift",
+            "Mean |difference| of the live version's answers to its probe from its predecessor's.",
+            registry=registry,
         )
-        self.store_errors = Counter("emaswap_store_errors", "Looks at the store that failed.", **to)
+        self.store_errors = Counter("emaswap_store_errors", "Looks at the store that failed.", registry=registry)
 
-        self.requests = Counter("emaswap_requests", "Answers of /predict, by HTTP status.", ["status"], **to)
-        self.request_seconds = Histogram(
-            "emaswap_request_seconds", "Time from a request's first byte to its answer.", buckets=_SECONDS, **to
+        self.requests = Counter(
+            "emaswap_requests", "Answers of /predict, by HTTP status.", ["status"], registry=registry
         )
-        self.batch_rows = Histogram("emaswap_batch_rows", "Rows that ran through the model at once.", buckets=_ROWS, **to)
-        self.waiting = Gauge("emaswap_waiting_requests", "Requests waiting for the model.", **to)
+        self.request_seconds = Histogram(
+            "emaswap_request_seconds",
+            "Time from a request's first byte to its answer.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batch_rows = Histogram(
+            "emaswap_batch_rows", "Rows that ran through the model at once.", buckets=_ROWS, registry=registry
+        )
+        self.waiting = Gauge("emaswap_waiting_requests", "Requests waiting for the model.", registry=registry)
 
     def saw(self, newest: int, pin: Pin | None) -> None:
         """What the store holds."""

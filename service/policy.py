@@ -32,24 +32,27 @@ def decide(known: Known) -> Load | Stay:
 
     Nothing ever takes the live version away without another to take its place.
     """
-    if known.pinned is not None:
-        if known.pinned == known.live:
-            return Stay(f"the pinned version {known.pinned} is live")
-        if known.pinned not in known.versions:
-            return Stay(f"the pinned version {known.pinned} is not in the store")
-        if known.pinned in known.rejected:
-            return Stay(f"the pinned version {known.pinned} was rejected")
-        return Load(known.pinned)
+    return _follow_newest(known) if known.pinned is None else _follow_pin(known, known.pinned)
 
+
+def _follow_pin(known: Known, pinned: int) -> Load | Stay:
+    if pinned == known.live:
+        return Stay(f"the pinned version {pinned} is live")
+    if pinned not in known.versions:
+        return Stay(f"the pinned version {pinned} is not in the store")
+    if pinned in known.rejected:
+        return Stay(f"the pinned version {pinned} was rejected")
+    return Load(pinned)
+
+
+def _follow_newest(known: Known) -> Load | Stay:
     if not known.versions:
         return Stay("there is no version in the store yet")
-    for version in reversed(known.versions):
-        if known.live is not None and version <= known.live:
-            break
-        if version not in known.rejected:
-            return Load(version)
+    newer = [version for version in known.versions if known.live is None or version > known.live]
+    if untried := [version for version in newer if version not in known.rejected]:
+        return Load(untried[-1])
     if known.live is None:
         return Stay(f"all {len(known.versions)} versions in the store were rejected")
-    if known.versions[-1] in known.rejected:
+    if newer:
         return Stay(f"every version after the live {known.live} was rejected")
     return Stay(f"the newest version {known.live} is live")

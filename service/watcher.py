@@ -17,7 +17,7 @@ from typing import TypeVar
 import structlog
 from watchfiles import awatch
 
-from emaswap import BadVersion, Manifest, Missing, Pin, Reason, Store, StoreError
+from emaswap import BadVersion, Manifest, Missing, Pin, Reason, StoreError
 from emaswap.store.base import manifest_key
 from service.lifecycle import History, State
 from service.loader import Loader
@@ -47,8 +47,9 @@ class _Rejection:
 class Watcher:
     """Keeps a slot at the version that the store's state calls for."""
 
-    def __init__(self, store: Store, slot: Slot, loader: Loader, history: History, metrics: Metrics, poll_s: float):
-        self.store = store
+    def __init__(self, slot: Slot, loader: Loader, history: History, metrics: Metrics, *, poll_s: float) -> None:
+        """Follow the store that the loader reads, with a look at it every `poll_s` seconds or so."""
+        self.store = loader.store
         self.slot = slot
         self.loader = loader
         self.history = history
@@ -70,7 +71,7 @@ class Watcher:
                 self._changed.clear()
                 await self.look()
                 # Jitter keeps a fleet of replicas from asking all at once.
-                timeout = self.poll_s * random.uniform(0.8, 1.2)
+                timeout = self.poll_s * random.uniform(0.8, 1.2)  # noqa: S311
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), timeout)
 
@@ -153,9 +154,7 @@ class Watcher:
         try:
             manifest = self.store.manifest(version)
             self._check_term(manifest)
-            self.history.enter(
-                version, State.DISCOVERED, digest=manifest.weights.digest, step=manifest.training.step
-            )
+            self.history.enter(version, State.DISCOVERED, digest=manifest.weights.digest, step=manifest.training.step)
             servable = self.loader.load(
                 manifest,
                 live=self.slot.current,
@@ -191,9 +190,7 @@ class Watcher:
     ) -> None:
         self._rejected[version] = _Rejection(str(error), stamps)
         self.metrics.rejected.labels(reason=error.reason).inc()
-        self.history.enter(
-            version, State.REJECTED, reason=error.reason, detail=error.detail, timings_s=timings_s
-        )
+        self.history.enter(version, State.REJECTED, reason=error.reason, detail=error.detail, timings_s=timings_s)
         live = self.slot.current
         log.warning(
             "version rejected",

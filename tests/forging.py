@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from emaswap import Architecture, DirectoryStore, Manifest, Reason, Signature
@@ -14,7 +15,7 @@ from emaswap.digest import digest_of, stem_of
 from emaswap.manifest import ProbeInfo, TensorInfo, WeightsInfo
 from emaswap.probe import Probe
 from emaswap.store.base import tensors_key
-from emaswap.term import Term
+from emaswap.term import Place, Term
 from emaswap.weights import Blob, dtype_name, named_tensors
 from tests.models import Linear
 
@@ -50,12 +51,16 @@ def commit(store: DirectoryStore, term: Term, forgery: Forgery | None = None) ->
     tensors = forgery.weights(named_tensors(module))
     signature = Signature.infer(module, ROWS)
     recorded = forgery.probe(Probe.record(module, signature, ROWS).to_tensors())
-    weights = _put(store, forgery.raw_weights) if forgery.raw_weights else store.add_tensors("weights", tensors, "blake3")
+    weights = (
+        _put(store, forgery.raw_weights) if forgery.raw_weights else store.add_tensors("weights", tensors, "blake3")
+    )
     probe = store.add_tensors("probes", recorded, "blake3")
     architecture = Architecture(factory=forgery.factory) if forgery.factory else Architecture.of(Linear)
     forgery.file(store.root / tensors_key("weights", weights.digest))
-    manifest = term.commit(
-        lambda place: Manifest(
+
+    def describe(place: Place) -> Manifest:
+        raw = forgery.manifest(str(place.version).encode()) if forgery.manifest else None
+        return _Forged(
             model="test",
             version=place.version,
             term=place.term,
@@ -66,22 +71,19 @@ def commit(store: DirectoryStore, term: Term, forgery: Forgery | None = None) ->
             architecture=architecture,
             signature=signature,
             probe=ProbeInfo(digest=probe.digest, size=probe.size, rtol=1e-4, atol=1e-5),
+            raw=raw,
         )
-        if forgery.manifest is None
-        else _Forged(forgery.manifest, place.version)  # type: ignore[arg-type, return-value]
-    )
-    return manifest
+
+    return term.commit(describe)
 
 
-class _Forged:
-    """Stands where a manifest would, with bytes that are none."""
+class _Forged(Manifest):
+    """A manifest that may be stored as other bytes than its own."""
 
-    def __init__(self, forge: Callable[[bytes], bytes], version: int) -> None:
-        self.version = version
-        self._forge = forge
+    raw: bytes | None = Field(None, exclude=True)
 
     def encode(self) -> bytes:
-        return self._forge(str(self.version).encode())
+        return super().encode() if self.raw is None else self.raw
 
 
 def _table(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
@@ -123,7 +125,9 @@ def _other_answers(recorded: Tensors) -> Tensors:
 FORGERIES = {
     "flipped bit": Forgery(Reason.DIGEST_MISMATCH, file=_flip_a_bit),
     "truncated file": Forgery(Reason.SIZE_MISMATCH, file=lambda path: os.truncate(path, path.stat().st_size - 5)),
-    "longer file": Forgery(Reason.SIZE_MISMATCH, file=lambda path: path.write_bytes(path.read_bytes() + b"!") and None),
+    "longer file": Forgery(
+        Reason.SIZE_MISMATCH, file=lambda path: None if path.write_bytes(path.read_bytes() + b"!") else None
+    ),
     "file gone": Forgery(Reason.FILE_MISSING, file=Path.unlink),
     "link instead of a file": Forgery(Reason.NOT_A_FILE, file=_replace_by_link),
     "giant header": Forgery(Reason.HEADER_TOO_LARGE, raw_weights=(1 << 60).to_bytes(8, "little") + b"{}"),

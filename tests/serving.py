@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 import uvicorn
@@ -78,9 +78,9 @@ class Served:
     def wait_until_rejected(self, version: int) -> dict[str, Any]:
         """Return the state of a version once it is rejected."""
         return wait_for(
-            lambda: next((s for v, s in self.states().items() if v == version and s["state"] == "rejected"), None),
+            lambda: [s for v, s in self.states().items() if v == version and s["state"] == "rejected"],
             what=f"version {version} rejected",
-        )
+        )[0]
 
 
 @contextmanager
@@ -144,7 +144,7 @@ class ServiceProcess(Served):
         self.process.stdout.close()
         return status
 
-    def __enter__(self) -> "ServiceProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

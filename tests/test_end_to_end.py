@@ -61,14 +61,16 @@ class Client:
         connection.close()
 
 
-@pytest.mark.parametrize(
-    "versions", [200, pytest.param(2000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])]
-)
+@pytest.mark.parametrize("versions", [200, pytest.param(2000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
 def test_no_answer_fails_or_mixes_versions_while_versions_race_by(tmp_path: Path, versions: int) -> None:
     """Under 16 clients, versions as fast as the store takes them: each answer is whole, and made by whom it names."""
     store = tmp_path / "store"
     first = subprocess.run(
-        [sys.executable, "-m", "tests.publishing", str(store), "1"], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "-m", "tests.publishing", str(store), "1"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     with ServiceProcess(store) as service:
         stop = threading.Event()
@@ -299,5 +301,3 @@ def test_a_killed_service_comes_back_to_the_newest_version(
     with ServiceProcess(tmp_path / "store") as service:
         assert service.live() == newest
         assert service.predict([[1, 2, 3]]).status_code == 200
-
-

@@ -18,7 +18,7 @@ from trainer.tasks import find_task
 def main(arguments: list[str] | None = None) -> int:
     """Run the trainer with command-line arguments; the exit status."""
     try:
-        settings = TrainerSettings(_cli_parse_args=sys.argv[1:] if arguments is None else arguments)  # type: ignore[call-arg]
+        settings = TrainerSettings(_cli_parse_args=sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
         for problem in error.errors():
             print(f"--{'.'.join(map(str, problem['loc'])).replace('_', '-')}: {problem['msg']}", file=sys.stderr)
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _stop_on_signals(stop: threading.Event) -> None:
     """SIGTERM and Ctrl-C end the run after its step; the second one ends it at once."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, _: FrameType | None) -> None:
         stop.set()
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 

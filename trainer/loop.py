@@ -79,7 +79,7 @@ def train(settings: TrainerSettings, task: Task, display: Display, stop: threadi
 
 def evaluate(task: Task, model: nn.Module, ema: ModelEMA, device: torch.device) -> dict[str, float]:
     """The task's metrics of the raw and of the averaged weights, as "raw_..." and "ema_..."."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     with torch.no_grad(), autocast(device):
         for kind, module in (("raw", model.eval()), ("ema", ema.ema)):
             metrics |= {f"{kind}_{name}": value for name, value in task.evaluate(module, device).items()}

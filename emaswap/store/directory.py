@@ -75,7 +75,7 @@ class DirectoryStore(Store):
     def stamp(self, key: str) -> str | None:
         with self._errors(f"look at {key}"):
             try:
-                found = os.stat(self.root / key, follow_symlinks=False)
+                found = (self.root / key).lstat()
             except FileNotFoundError:
                 return None
             return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
@@ -93,9 +93,10 @@ class DirectoryStore(Store):
                 self.delete(f"tmp/{name}")
 
     def add_tensors(self, kind: Kind, tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Blob:
-        with self._errors(f"write {kind}"), written(
-            self._tmp, lambda file: weights.write(file, tensors, algorithm=algorithm)
-        ) as (path, blob):
+        with (
+            self._errors(f"write {kind}"),
+            written(self._tmp, lambda file: weights.write(file, tensors, algorithm=algorithm)) as (path, blob),
+        ):
             final = self.root / tensors_key(kind, blob.digest)
             path.replace(final)
             sync_folder(final.parent)

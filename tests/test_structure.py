@@ -1,0 +1,86 @@
+"""The house rules of the code: which package may import which, and what is public."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import emaswap
+from tests.serving import ROOT
+
+WEB = {"fastapi", "starlette", "uvicorn", "prometheus_client", "structlog", "watchfiles", "orjson"}
+FORBIDDEN = {
+    "emaswap": {"service", "trainer", "sklearn", *WEB},
+    "trainer": {"service", *WEB},
+    "service": {"trainer", "sklearn"},
+}
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_run_one_way(package: str) -> None:
+    """trainer → emaswap ← service: the two never meet, and only the service knows a web framework."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / package).rglob("*.py")
+        for name in _imports(path)
+        if name.partition(".")[0] in FORBIDDEN[package]
+    ]
+    assert wrong == []
+
+
+def test_no_pickle_anywhere() -> None:
+    """Nothing of ours reads or writes a pickle, by whatever name."""
+    ours = [path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")]
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in ours
+        if {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+        & {name.partition(".")[0] for name in _imports(path)}
+        or "torch.load(" in path.read_text()
+        or "torch.save(" in path.read_text()
+    ]
+    assert wrong == []
+
+
+def test_all_is_exact() -> None:
+    """`__all__` has every public name of the package, and nothing else."""
+    public = {
+        name for name, value in vars(emaswap).items() if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert set(emaswap.__all__) == public | {"__version__"}
+
+
+def test_importing_the_library_imports_no_web_framework() -> None:
+    """`import emaswap` in somebody else's training loop brings torch and little else."""
+    code = f"import sys, emaswap; print(sorted({WEB | {'sklearn'}!r} & set(sys.modules)))"
+    assert _python(code) == "[]"
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    """Each module has a docstring."""
+    silent = [
+        module.name
+        for package in FORBIDDEN
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")
+        if not module.name.endswith("__main__") and not importlib.import_module(module.name).__doc__
+    ]
+    assert silent == []
+
+
+def _python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
