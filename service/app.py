@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
@@ -37,6 +37,9 @@ from service.schemas import (
 from service.settings import ServiceSettings
 from service.slot import Slot
 from service.watcher import Watcher
+
+# 422 by name, too, or FastAPI would document a form of its own for it.
+_PROBLEMS: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in ("4XX", 422, 503)}
 
 
 class Service:
@@ -95,7 +98,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         version=__version__,
         description="The EMA weights of a running training job. Every answer names the version that made it.",
         lifespan=service.running,
-        responses={"4XX": {"model": Problem}, "503": {"model": Problem}},
+        responses=_PROBLEMS,
     )
     app.state.service = service
     app.router.routes.append(_predict_route(service.predict))
@@ -109,12 +112,14 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
 
 def _predict_route(endpoint: ASGIApp) -> APIRoute:
-    async def predict(request: PredictRequest) -> PredictResponse:
-        """Run rows through the live version. `X-Min-Model-Version: N` asks for version N or later, or a 412."""
-        raise NotImplementedError
+    async def predict(
+        request: PredictRequest,
+        x_min_model_version: Annotated[int | None, Header(description="412 if an older version is live.")] = None,
+    ) -> PredictResponse:
+        """Run rows through the live version. The answer, also in X-Model-Version and X-Model-Digest, says which it was."""
+        raise NotImplementedError  # FastAPI documents this function; what answers is the endpoint
 
-    # FastAPI documents the function above; what answers is the endpoint.
-    route = APIRoute("/predict", predict, methods=["POST"], tags=["predict"], response_model=PredictResponse)
+    route = APIRoute("/predict", predict, methods=["POST"], tags=["predict"], responses=_PROBLEMS)
     route.app = endpoint
     return route
 

@@ -170,7 +170,7 @@ def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str
     with np.errstate(invalid="ignore"):
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores = (shifted / shifted.sum(axis=1, keepdims=True))[np.arange(len(best)), best]
-    return [{"label": labels[index], "score": float(score)} for index, score in zip(best.tolist(), scores, strict=True)]
+    return [{"label": labels[index], "score": score} for index, score in zip(best.tolist(), scores, strict=True)]
 
 
 def _min_version(headers: dict[bytes, bytes]) -> int:

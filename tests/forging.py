@@ -102,6 +102,10 @@ def _flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"!")
+
+
 def _replace_by_link(path: Path) -> None:
     elsewhere = path.with_suffix(".elsewhere")
     path.rename(elsewhere)
@@ -125,9 +129,7 @@ def _other_answers(recorded: Tensors) -> Tensors:
 FORGERIES = {
     "flipped bit": Forgery(Reason.DIGEST_MISMATCH, file=_flip_a_bit),
     "truncated file": Forgery(Reason.SIZE_MISMATCH, file=lambda path: os.truncate(path, path.stat().st_size - 5)),
-    "longer file": Forgery(
-        Reason.SIZE_MISMATCH, file=lambda path: None if path.write_bytes(path.read_bytes() + b"!") else None
-    ),
+    "longer file": Forgery(Reason.SIZE_MISMATCH, file=_append),
     "file gone": Forgery(Reason.FILE_MISSING, file=Path.unlink),
     "link instead of a file": Forgery(Reason.NOT_A_FILE, file=_replace_by_link),
     "giant header": Forgery(Reason.HEADER_TOO_LARGE, raw_weights=(1 << 60).to_bytes(8, "little") + b"{}"),
