@@ -53,7 +53,11 @@ class Service:
         self.history = History()
         self.metrics = Metrics(self.slot)
         self.batcher = Batcher(
-            self.slot, self.metrics, max_rows=settings.max_batch_rows, max_waiting=settings.max_waiting
+            self.slot,
+            self.metrics,
+            max_rows=settings.max_batch_rows,
+            max_waiting=settings.max_waiting,
+            max_waiting_bytes=settings.max_waiting_bytes,
         )
         loader = Loader(open_store(settings.store), trusted=settings.trusted, device=pick_device(settings.device))
         self.watcher = Watcher(self.slot, loader, self.history, self.metrics, poll_s=settings.poll_s)

@@ -41,6 +41,10 @@ class _Waiting:
         return len(next(iter(self.inputs.values())))
 
     @property
+    def size_bytes(self) -> int:
+        return sum(array.nbytes for array in self.inputs.values())
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of a row: only rows of one size can be stacked."""
         return [array.shape[1:] for array in self.inputs.values()]
@@ -49,13 +53,17 @@ class _Waiting:
 class Batcher:
     """Runs requests through whatever servable is live when their batch starts."""
 
-    def __init__(self, slot: Slot, metrics: Metrics, *, max_rows: int, max_waiting: int) -> None:
-        """At most `max_rows` rows run at once; at most `max_waiting` requests wait."""
+    def __init__(
+        self, slot: Slot, metrics: Metrics, *, max_rows: int, max_waiting: int, max_waiting_bytes: int
+    ) -> None:
+        """At most `max_rows` rows run at once; at most `max_waiting` requests, of so many bytes together, wait."""
         self.slot = slot
         self.metrics = metrics
         self.max_rows = max_rows
         self.max_waiting = max_waiting
+        self.max_waiting_bytes = max_waiting_bytes
         self._waiting: deque[_Waiting] = deque()
+        self._waiting_bytes = 0
         self._running = False
         self._executor = ThreadPoolExecutor(1, "emaswap-forward")
         metrics.waiting.set_function(lambda: len(self._waiting))
@@ -66,10 +74,16 @@ class Batcher:
         Raises `Refusal` when the queue is full or the model refuses the inputs, `SignatureChanged` when they have to
         be validated again.
         """
-        if len(self._waiting) >= self.max_waiting:
-            raise Refusal("queue_is_full", f"{self.max_waiting} requests are waiting already; try again later")
         waiting = _Waiting(inputs, signature)
+        if self._waiting and (
+            len(self._waiting) >= self.max_waiting or self._waiting_bytes + waiting.size_bytes > self.max_waiting_bytes
+        ):
+            raise Refusal(
+                "queue_is_full",
+                f"{len(self._waiting)} requests of {self._waiting_bytes} bytes are waiting already; try again later",
+            )
         self._waiting.append(waiting)
+        self._waiting_bytes += waiting.size_bytes
         if not self._running:
             self._start_batch()
         return await waiting.answer
@@ -119,6 +133,7 @@ class Batcher:
                 batch.append(waiting)
                 rows += waiting.rows
         self._waiting = left
+        self._waiting_bytes = sum(waiting.size_bytes for waiting in left)
         return batch
 
 

@@ -39,6 +39,9 @@ class ServiceSettings(BaseSettings):
     max_body_bytes: int = Field(8 << 20, ge=1, description="Largest request body; a larger one is answered 413.")
     max_batch_rows: int = Field(512, ge=1, description="Most rows of one request, and of one batch of requests.")
     max_waiting: int = Field(1024, ge=1, description="Requests that may wait for the model; more are answered 429.")
+    max_waiting_bytes: int = Field(
+        256 << 20, ge=1, description="Bytes of inputs that may wait for the model; more are answered 429."
+    )
     body_timeout_s: float = Field(30.0, gt=0, description="Seconds a client may take to send its body; then 408.")
     drain_s: float = Field(
         0.5, ge=0, description="Seconds after SIGTERM in which /readyz says no, but requests are still taken."

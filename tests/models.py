@@ -29,6 +29,13 @@ class Linear(nn.Module):
         return out
 
 
+class Net(Linear):
+    """Rows of `width` numbers to rows of two."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__(inputs=width)
+
+
 class Everything(nn.Module):
     """All that a state can be made of: batch norm, an integer buffer, a tied weight, a non-persistent buffer."""
 

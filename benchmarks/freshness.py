@@ -1,0 +1,81 @@
+"""How long from `publish()` to the first answer by the new version, against moving the same bytes once."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import httpx
+import torch
+from blake3 import blake3
+
+from benchmarks.models import Heavy
+from benchmarks.report import Row
+from emaswap import Architecture, Publisher
+
+_ROUNDS = 7
+_ROWS = [[0.0, 1.0]]
+
+
+def measure() -> list[Row]:
+    """100 MB of weights through a directory on this machine's disk."""
+    module = Heavy()
+    with tempfile.TemporaryDirectory(prefix="emaswap-bench-") as folder:
+        store = Path(folder) / "store"
+        publisher = Publisher(
+            store, model="heavy", architecture=Architecture.of(Heavy), probe=torch.tensor(_ROWS), keep=2, grace_s=0
+        )
+        publisher.publish(module)
+        publisher.flush()
+        service = subprocess.Popen(
+            [sys.executable, "-m", "service", "--store", str(store), "--port", "8791", "--trust", "benchmarks.*"],
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            with httpx.Client(base_url="http://127.0.0.1:8791", timeout=60) as client:
+                _wait_for(client, 1)
+                floors, served = [], []
+                for version in range(2, 2 + _ROUNDS):
+                    floors.append(_move(Path(folder), module))
+                    with torch.no_grad():
+                        torch._foreach_add_(list(module.parameters()), 1.0)
+                    began = time.perf_counter()
+                    publisher.publish(module)
+                    _wait_for(client, version)
+                    served.append(time.perf_counter() - began)
+            publisher.close()
+        finally:
+            service.terminate()
+            service.wait(60)
+    return [Row("publish → first answer, 100 MB", median(served) * 1000, "ms", median(floors) * 1000, 1.5)]
+
+
+def _wait_for(client: httpx.Client, version: int) -> None:
+    """Ask until this version answers."""
+    while True:
+        try:
+            answer = client.post("/predict", json={"inputs": _ROWS})
+        except httpx.ConnectError:
+            time.sleep(0.05)
+            continue
+        if answer.status_code == httpx.codes.OK and answer.json()["model"]["version"] >= version:
+            return
+        time.sleep(0.002)
+
+
+def _move(folder: Path, module: Heavy) -> float:
+    """Write and fsync the bytes, read them into memory, and digest them: what cannot be avoided."""
+    parts = [weight.detach().numpy().data for weight in module.parameters()]
+    path = folder / "moved"
+    began = time.perf_counter()
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+        os.fsync(file.fileno())
+    blake3(path.read_bytes()).hexdigest()
+    seconds = time.perf_counter() - began
+    path.unlink()
+    return seconds

@@ -1,0 +1,66 @@
+"""Results of a benchmark: a table to read, and JSON to keep."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from emaswap import __version__
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure beside the floor that was measured in the same run. `bar` bounds the ratio from above."""
+
+    measure: str
+    value: float
+    unit: str
+    floor: float | None = None
+    bar: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the floor."""
+        return None if self.floor is None else self.value / self.floor
+
+    @property
+    def holds(self) -> bool:
+        """Whether the ratio is within the bar; true where there is none."""
+        return self.bar is None or self.ratio is None or self.ratio <= self.bar
+
+
+def report(name: str, rows: list[Row]) -> None:
+    """Print the table, and write benchmarks/results/<name>.json."""
+    table = Table("measure", "value", "floor", "ratio", "bar", "holds", title=name, title_justify="left")
+    for row in rows:
+        cells = [f"{number:.4g}" if number is not None else "" for number in (row.floor, row.ratio, row.bar)]
+        holds = "" if row.bar is None else "yes" if row.holds else "NO"
+        table.add_row(row.measure, f"{row.value:.4g} {row.unit}", *cells, holds)
+    Console().print(table)
+    RESULTS.mkdir(exist_ok=True)
+    kept = {
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "emaswap": __version__,
+        },
+        "rows": [asdict(row) | {"ratio": row.ratio, "holds": row.holds} for row in rows],
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
