@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from emaswap.errors import BadVersion, Reason
+from emaswap.errors import BadVersion, EmaswapError, Reason
 from emaswap.manifest import Architecture
 from emaswap.weights import dtype_name, named_tensors
 
@@ -42,11 +42,15 @@ def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEF
         factory = getattr(importlib.import_module(module_name), name)
         if architecture.factory not in trusted and getattr(factory, "__module__", None) != module_name:
             # Trusting a package is trusting what it defines, not all that it happens to import.
-            raise TypeError(f"{name} is not defined in {module_name}")
+            raise BadVersion(
+                Reason.UNTRUSTED_FACTORY, f"{architecture.factory} is imported from elsewhere into a trusted package"
+            )
         module = factory(**architecture.arguments)
         if not isinstance(module, nn.Module):
             raise TypeError(f"it returned a {type(module).__name__}, not a torch.nn.Module")
-    except Exception as error:  # a factory is somebody else's code and may raise anything
+    except BadVersion:
+        raise
+    except (Exception, SystemExit) as error:  # a factory is somebody else's code and may raise anything
         raise BadVersion(
             Reason.FACTORY_FAILED, f"{architecture.factory} failed: {type(error).__name__}: {error}"
         ) from error
@@ -58,31 +62,32 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises `BadVersion` naming every tensor that is missing, unexpected, or of another shape or dtype.
     """
-    own = named_tensors(module)
-    _refuse(Reason.MISSING_TENSOR, sorted(own.keys() - tensors.keys()))
-    _refuse(Reason.UNEXPECTED_TENSOR, sorted(tensors.keys() - own.keys()))
-    _refuse(
-        Reason.WRONG_SHAPE,
-        [
-            f"{name}: expected {list(own[name].shape)}, got {list(tensor.shape)}"
-            for name, tensor in tensors.items()
-            if own[name].shape != tensor.shape
+    try:
+        own = named_tensors(module)
+    except EmaswapError as error:
+        raise BadVersion(Reason.FACTORY_FAILED, str(error)) from None
+    common = own.keys() & tensors.keys()
+    problems = {
+        Reason.MISSING_TENSOR: sorted(own.keys() - tensors.keys()),
+        Reason.UNEXPECTED_TENSOR: sorted(tensors.keys() - own.keys()),
+        Reason.WRONG_SHAPE: [
+            f"{name} (expected {list(own[name].shape)}, got {list(tensors[name].shape)})"
+            for name in sorted(common)
+            if own[name].shape != tensors[name].shape
         ],
-    )
-    _refuse(
-        Reason.WRONG_DTYPE,
-        [
-            f"{name}: expected {dtype_name(own[name].dtype)}, got {dtype_name(tensor.dtype)}"
-            for name, tensor in tensors.items()
-            if own[name].dtype != tensor.dtype
+        Reason.WRONG_DTYPE: [
+            f"{name} (expected {dtype_name(own[name].dtype)}, got {dtype_name(tensors[name].dtype)})"
+            for name in sorted(common)
+            if own[name].dtype != tensors[name].dtype
         ],
-    )
+    }
+    if found := {reason: names for reason, names in problems.items() if names}:
+        detail = "; ".join(f"{reason.replace('_', ' ')}: {_few(names)}" for reason, names in found.items())
+        raise BadVersion(next(iter(found)), detail)
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 
 
-def _refuse(reason: Reason, problems: list[str]) -> None:
-    if problems:
-        more = f" and {len(problems) - 20} more" if problems[20:] else ""
-        raise BadVersion(reason, ", ".join(problems[:20]) + more)
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")

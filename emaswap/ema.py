@@ -6,7 +6,7 @@ Knows modules and tensors, and nothing of stores, versions or training loops.
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ class EMA(Generic[Value]):
         if self._average is None:
             self._average = self.alpha * x
         else:
-            self._average = self._average + self.alpha * (x - self._average)
+            # Not average + α·(x − average): after an outlier that would lose x to rounding.
+            self._average = self.alpha * x + (1 - self.alpha) * self._average
         self.count += 1
 
     def get(self) -> Value:
@@ -166,7 +167,7 @@ class _Plan:
     def holds(self, ema: nn.Module, model: nn.Module) -> bool:
         """Whether both modules still hold the very tensors this plan was made for."""
         return all(
-            len(was) == len(now) and all(old is new for (_, old), (_, new) in zip(was, now, strict=True))
+            len(was) == len(now) and all(map(_Owner.is_still, was, now))
             for was, now in zip(self._sources, (_owners(ema), _owners(model)), strict=True)
         )
 
@@ -180,13 +181,21 @@ class _Plan:
             average.copy_(now)
 
 
-_Owner = tuple[str, Tensor]
+class _Owner(NamedTuple):
+    """A tensor under one of its names, and what `module.to(...)` changes without making another parameter of it."""
+
+    name: str
+    tensor: Tensor
+    kind: tuple[torch.dtype, torch.device, torch.Size]
+
+    def is_still(self, now: "_Owner") -> bool:
+        return self.tensor is now.tensor and self.kind == now.kind
 
 
 def _owners(module: nn.Module) -> list[_Owner]:
     """Every tensor of the module's state under each of its names; non-persistent buffers are no state."""
     return [
-        (f"{prefix}.{name}" if prefix else name, tensor)
+        _Owner(f"{prefix}.{name}" if prefix else name, tensor, (tensor.dtype, tensor.device, tensor.shape))
         for prefix, child in module.named_modules(remove_duplicate=False)
         for held, skipped in ((child._parameters, ()), (child._buffers, child._non_persistent_buffers_set))
         for name, tensor in held.items()
@@ -195,7 +204,7 @@ def _owners(module: nn.Module) -> list[_Owner]:
 
 
 def _by_name(owners: list[_Owner]) -> dict[str, Tensor]:
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in owners}
+    return {owner.name.replace("_orig_mod.", ""): owner.tensor for owner in owners}
 
 
 def _difference(averages: dict[str, Tensor], weights: dict[str, Tensor]) -> str:

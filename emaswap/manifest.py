@@ -3,6 +3,7 @@
 Knows what a version says of itself; whether that is true is for the reader of its weights to prove.
 """
 
+import json
 import math
 from datetime import datetime
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
 
 Version = Annotated[int, Field(ge=1, le=10**15)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
 Size = Annotated[int, Field(ge=0, le=1 << 48)]
 
 
@@ -27,6 +29,11 @@ def _finite_or_none(value: float | None) -> float | None:
 
 
 Metric = Annotated[float | None, AfterValidator(_finite_or_none)]
+
+
+def _plain_json(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(arguments, allow_nan=False)
+    return arguments
 
 
 class _Frozen(BaseModel):
@@ -53,7 +60,7 @@ class Architecture(_Frozen):
     """How to build the module: the import path of a factory ("package.module:name"), and its keyword arguments."""
 
     factory: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=500)]
-    arguments: dict[str, JsonValue] = {}
+    arguments: Annotated[dict[str, JsonValue], AfterValidator(_plain_json)] = {}
 
     @classmethod
     def of(cls, factory: Any, **arguments: JsonValue) -> "Architecture":
@@ -68,7 +75,7 @@ class EmaInfo(_Frozen):
 
     schedule: str = "none"
     decay: float | None = None
-    updates: int = 0
+    updates: Count = 0
     window: Metric = None
     dtype: str = "float32"
 
@@ -76,7 +83,7 @@ class EmaInfo(_Frozen):
 class TrainingInfo(_Frozen):
     """Where training stood: optimizer steps, and metrics. A metric that is not finite is kept as null."""
 
-    step: int = 0
+    step: Count = 0
     metrics: dict[str, Metric] = {}
 
 
@@ -86,17 +93,17 @@ class ProbeInfo(_Frozen):
     digest: Digest
     size: Size
     rtol: Annotated[float, Field(ge=0, le=1)]
-    atol: Annotated[float, Field(ge=0)]
+    atol: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Manifest(_Frozen):
     """One version. `term` and `run` name its publisher's turn at the store, `parent` is the manifest before it."""
 
-    format: int = FORMAT
+    format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
     release: str = __version__
     model: Annotated[str, Field(min_length=1, max_length=200)]
     version: Version
-    term: Annotated[int, Field(ge=1)]
+    term: Count
     run: str
     parent: Digest | None = None
     created_at: AwareDatetime
@@ -125,7 +132,7 @@ class Manifest(_Frozen):
                 f"{__version__}, which reads up to format {FORMAT}: upgrade to the release that wrote it, or a later one",
             )
         try:
-            return cls.model_validate_json(data)
+            return cls.model_validate_json(data, strict=True)
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
             more = f"; and {len(problems) - 5} more" if problems[5:] else ""

@@ -37,8 +37,11 @@ class Probe:
     @classmethod
     def record(cls, module: nn.Module, signature: Signature, inputs: Inputs) -> "Probe":
         """Run the module on the inputs and keep what it answers. Raises `EmaswapError` when that is not finite."""
-        named = signature.name_inputs(inputs)
-        outputs = signature.run(module, named)
+        named = {name: value.clone() for name, value in signature.name_inputs(inputs).items()}
+        if not all(len(value) for value in named.values()):
+            raise EmaswapError("a probe of no rows proves nothing: give a few typical inputs")
+        # Copies, because a module may work in place on what it is given.
+        outputs = signature.run(module, {name: value.clone() for name, value in named.items()})
         if bad := not_finite(outputs):
             raise EmaswapError(f"the model answers its own probe with values that are not finite: {', '.join(bad)}")
         return cls(named, outputs)
@@ -63,7 +66,7 @@ class Probe:
         device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
         try:
             named = signature.name_inputs(self.inputs)
-            outputs = signature.run(module, {name: value.to(device) for name, value in named.items()})
+            outputs = signature.run(module, {name: value.to(device, copy=True) for name, value in named.items()})
         except Exception as error:  # forward is somebody else's code and may raise anything
             raise BadVersion(Reason.PROBE_FAILED, f"the probe does not run: {type(error).__name__}: {error}") from error
         return {name: output.cpu() for name, output in outputs.items()}
@@ -107,4 +110,5 @@ def drift(outputs: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
         for name in outputs.keys() & others.keys()
         if outputs[name].shape == others[name].shape
     ]
-    return float(torch.cat(differences).mean()) if differences else 0.0
+    together = torch.cat(differences) if differences else torch.empty(0)
+    return float(together.mean()) if len(together) else 0.0

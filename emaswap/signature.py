@@ -67,13 +67,14 @@ class Signature(BaseModel):
     def infer(cls, module: nn.Module, inputs: "Inputs", labels: tuple[str, ...] | None = None) -> Self:
         """The signature that a batch of example inputs shows, every size fixed. The module is run once, in eval mode."""
         named = {"input": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        was_training = module.training
+        modes = {part: part.training for part in module.modules()}
         module.eval()
         try:
             with torch.no_grad():
-                outputs = _named_outputs(module(*named.values()), None)
+                outputs = _named_outputs(module(*(batch.clone() for batch in named.values())), None)
         finally:
-            module.train(was_training)
+            for part, training in modes.items():
+                part.training = training
         return cls(inputs=_fields_of(named), outputs=_fields_of(outputs), labels=labels)
 
     def name_inputs(self, inputs: "Inputs") -> dict[str, Tensor]:
@@ -94,7 +95,7 @@ class Signature(BaseModel):
     def run(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run a module (in eval mode) on a batch by input name; the outputs by name.
 
-        Raises `ValueError` when it does not return as many tensors, one row for each row, as the signature has outputs.
+        Raises `ValueError` or `TypeError` when it does not return what the signature has: tensors, a row for each row.
         """
         batch = [inputs[field.name] for field in self.inputs]
         with torch.no_grad():

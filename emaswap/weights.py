@@ -20,6 +20,7 @@ from emaswap.errors import BadVersion, EmaswapError, Reason
 
 MAX_HEADER_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
+_MAX_DIMENSIONS = 32
 # Tensor bytes start on a cache line, so that views into one buffer are aligned for every dtype.
 _ALIGNMENT = 64
 
@@ -80,6 +81,8 @@ def write(
     """Write tensors (any device, any strides) to an open file, digesting the bytes as they stream by."""
     # Widest dtype first keeps every tensor aligned without holes between them.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    if "__metadata__" in tensors:
+        raise EmaswapError("a tensor cannot be named '__metadata__' in a safetensors file")
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(metadata)
@@ -104,7 +107,9 @@ def write(
 def _parts(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
     for tensor in tensors:
-        data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        # Strides of sizes 0 and 1 are arbitrary even when contiguous, and a view as bytes minds them.
+        data: memoryview = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
         for begin in range(0, len(data), _CHUNK_BYTES):
             yield data[begin : begin + _CHUNK_BYTES]
 
@@ -115,7 +120,10 @@ def read(file: BinaryIO, blob: Blob) -> TensorFile:
     `blob.size` bounds what is read. Raises `BadVersion` when size, digest or header are not what they should be.
     """
     # One byte more than expected is asked for, so that a longer file shows without being read whole.
-    buffer = np.empty(blob.size + 1, dtype=np.uint8)
+    try:
+        buffer = np.empty(blob.size + 1, dtype=np.uint8)
+    except MemoryError:
+        raise BadVersion(Reason.SIZE_MISMATCH, f"{blob.size} bytes are more than this machine has memory for") from None
     view: memoryview = buffer.data
     hasher = new_hasher(algorithm_of(blob.digest))
     size = 0
@@ -142,12 +150,15 @@ def _parse(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> TensorFile:
         raise BadVersion(
             Reason.HEADER_TOO_LARGE, f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are read"
         )
+    if length > len(buffer) - 8:
+        raise BadVersion(Reason.HEADER_INVALID, f"the header claims {length} bytes of the {len(buffer) - 8} there are")
     try:
-        header = json.loads(buffer[8 : 8 + length].tobytes())
+        header = json.loads(buffer[8 : 8 + length].tobytes().decode("utf-8"))
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in [*metadata.keys(), *metadata.values()]):
             raise ValueError("__metadata__ maps text to text")
         entries = [(*_entry(spec), name) for name, spec in header.items()]
+        "".join(header).encode()  # a lone surrogate in a name could not be shown to anybody
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise BadVersion(Reason.HEADER_INVALID, f"{type(error).__name__}: {error}") from None
 
@@ -172,8 +183,12 @@ def _entry(spec: dict[str, object]) -> tuple[int, int, tuple[int, ...], torch.dt
     shape, offsets, name = spec["shape"], spec["data_offsets"], spec["dtype"]
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError("shape and data_offsets are lists, the latter of two numbers")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions are more than {_MAX_DIMENSIONS}")
     if any(type(number) is not int or not 0 <= number < 1 << 48 for number in [*shape, *offsets]):
         raise ValueError("shape and data_offsets hold whole numbers, not negative and below 2^48")
+    if math.prod(max(size, 1) for size in shape) >= 1 << 48:
+        raise ValueError("a tensor has fewer than 2^48 numbers, whichever of its sizes is 0")
     if not isinstance(name, str) or name not in _DTYPES:
         raise ValueError(f"unknown dtype {name!r}")
     return offsets[0], offsets[1], tuple(shape), _DTYPES[name]

@@ -1,11 +1,12 @@
 """What operators may do: pin, unpin, refresh. A bearer token guards it; without a token file it is off."""
 
 import hmac
+import shlex
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from emaswap import EmaswapError, Missing, Pin, ReadOnly, StoreError
+from emaswap import EmaswapError, Missing, Pin, ReadOnly, Reason, StoreError
 from service.errors import Refusal
 from service.lifecycle import History, State
 from service.schemas import PinState
@@ -27,24 +28,25 @@ class Admin:
         if self._token is None:
             raise Refusal("admin_is_off", "start the service with --admin-token-file FILE to turn this on")
         scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._token):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), self._token):
             raise Refusal("unauthorized", "expected the header Authorization: Bearer TOKEN with the operators' token")
 
     async def pin(self, version: int, reason: str) -> PinState:
         """Pin a version, and wait until it is live (or turned out not to be servable)."""
         await self._watcher.look()
         record = self._history.get(version)
-        if record is not None and record.state is State.REJECTED:
+        # A stale term is no fault of the version's own: an operator may overrule it.
+        if record and record.state is State.REJECTED and record.reason is not Reason.STALE_TERM:
             raise Refusal("version_was_rejected", f"version {version} was rejected: {record.reason}: {record.detail}")
         store = self._watcher.store
         pin = Pin(version=version, reason=reason, at=datetime.now(UTC))
-        await self._write(lambda: store.set_pin(pin), f"emaswap pin --store {store.location} {version}")
+        await self._write(lambda: store.set_pin(pin), f"emaswap pin --store {shlex.quote(store.location)} {version}")
         return await self.refresh()
 
     async def unpin(self) -> PinState:
         """Remove the pin, and wait until the newest version is live."""
         store = self._watcher.store
-        await self._write(store.clear_pin, f"emaswap unpin --store {store.location}")
+        await self._write(store.clear_pin, f"emaswap unpin --store {shlex.quote(store.location)}")
         return await self.refresh()
 
     async def refresh(self) -> PinState:
@@ -54,7 +56,10 @@ class Admin:
         return PinState(pin=self._watcher.pin, live=live.version if live else None, status=self._watcher.status)
 
     async def _write(self, change: Callable[[], None], command: str) -> None:
-        if not await self._watcher.on_thread(self._watcher.store.is_writable):
+        store = self._watcher.store
+        if store.watch_path is None:
+            raise Refusal("store_unreachable", self._watcher.status)
+        if not await self._watcher.on_thread(store.is_writable):
             raise Refusal("store_is_read_only", f"this service may not write the store; where one may, run: {command}")
         try:
             await self._watcher.on_thread(change)

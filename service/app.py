@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi import APIRouter, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emaswap import EmaswapError, __version__, open_store
 from service.admin import Admin, read_token
@@ -40,6 +41,8 @@ from service.watcher import Watcher
 
 # 422 by name, too, or FastAPI would document a form of its own for it.
 _PROBLEMS: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in ("4XX", 422, 503)}
+
+_MAX_ADMIN_BODY_BYTES = 64 << 10
 
 
 class Service:
@@ -149,12 +152,16 @@ def _model_routes(service: Service) -> APIRouter:
 
 
 def _admin_routes(service: Service) -> APIRouter:
-    def authorize(authorization: Annotated[str | None, Header()] = None) -> None:
-        service.admin.authorize(authorization)
+    class Guarded(APIRoute):
+        """A route whose body is not even read before the token is checked."""
 
-    routes = APIRouter(prefix="/model", tags=["operators"], dependencies=[Depends(authorize)])
+        async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+            service.admin.authorize(Headers(scope=scope).get("authorization"))
+            await super().handle(scope, receive, send)
 
-    @routes.post("/pin")
+    routes = APIRouter(prefix="/model", tags=["operators"], route_class=Guarded)
+
+    @routes.post("/pin", max_body_size=_MAX_ADMIN_BODY_BYTES)
     async def pin(request: PinRequest) -> PinState:
         """Serve this version, whatever is newer, until the pin is removed. It holds across restarts and replicas."""
         return await service.admin.pin(request.version, request.reason)

@@ -47,6 +47,8 @@ def _follow_pin(known: Known, pinned: int) -> Load | Stay:
 
 def _follow_newest(known: Known) -> Load | Stay:
     if not known.versions:
+        if known.live is not None:
+            return Stay(f"there is no version in the store any more; version {known.live} goes on")
         return Stay("there is no version in the store yet")
     newer = [version for version in known.versions if known.live is None or version > known.live]
     if untried := [version for version in newer if version not in known.rejected]:

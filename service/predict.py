@@ -63,7 +63,8 @@ class Predict:
             extra = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
         except _ClientGone:
             return
-        if self.draining():
+        # A body that was not read to its end would be taken for the next request.
+        if self.draining() or status in (408, 413):
             extra.append((b"connection", b"close"))
         start = {
             "type": "http.response.start",
@@ -81,7 +82,7 @@ class Predict:
     async def _answer(self, headers: dict[bytes, bytes], receive: Receive) -> Answer:
         wanted = _min_version(headers)
         kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-        if kind != b"application/json" or b"content-encoding" in headers:
+        if kind != b"application/json" or headers.get(b"content-encoding", b"identity") != b"identity":
             came = b" ".join(headers[name] for name in (b"content-type", b"content-encoding") if name in headers)
             raise Refusal("unsupported_media_type", f"expected plain application/json, got {came.decode('latin-1')!r}")
         body = await self._read(headers, receive)
@@ -115,29 +116,22 @@ class Predict:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             raise Refusal("body_too_large", f"expected at most {limit} bytes, got {int(length)}")
-        message = await self._receive(receive)
-        body: bytes = message["body"]
-        parts = [body]
-        size = len(body)
-        while message.get("more_body"):
-            message = await self._receive(receive)
-            parts.append(message["body"])
-            size += len(message["body"])
-            if size > limit:
-                raise Refusal("body_too_large", f"expected at most {limit} bytes, got more")
-        return b"".join(parts)
-
-    async def _receive(self, receive: Receive) -> Any:
+        parts: list[bytes] = []
+        size, more = 0, True
         try:
             async with asyncio.timeout(self.settings.body_timeout_s):
-                message = await receive()
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientGone
+                    parts.append(message["body"])
+                    size += len(message["body"])
+                    if size > limit:
+                        raise Refusal("body_too_large", f"expected at most {limit} bytes, got more")
+                    more = message.get("more_body", False)
         except TimeoutError:
-            raise Refusal(
-                "body_timeout", f"nothing more of the body came in {self.settings.body_timeout_s:g} s"
-            ) from None
-        if message["type"] == "http.disconnect":
-            raise _ClientGone
-        return message
+            raise Refusal("body_timeout", f"the body did not end within {self.settings.body_timeout_s:g} s") from None
+        return b"".join(parts)
 
 
 def encode(answer: Answer) -> bytes:
@@ -166,6 +160,8 @@ def identity_headers(servable: Servable) -> list[tuple[bytes, bytes]]:
 
 def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str, object]]:
     """The likeliest label of each row, and its softmax probability."""
+    if logits.shape[1] != len(labels):
+        raise Refusal("model_refused", f"the model gave {logits.shape[1]} outputs a row for {len(labels)} labels")
     best = logits.argmax(axis=1)
     with np.errstate(invalid="ignore"):
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 class _Rejection:
     """Why a version was rejected, and the stamps of its files then: other bytes deserve another try."""
 
-    detail: str
+    error: BadVersion
     stamps: dict[str, str | None]
 
 
@@ -106,12 +106,12 @@ class Watcher:
 
     def _settle(self, status: str, *, quietly: bool = False) -> None:
         """Note where things stand, with a line in the log unless that has just been said by another."""
+        rejection = self._rejected.get(self.pin.version) if self.pin else None
+        if rejection:
+            status = f"{status}: {rejection.error}"
         if status != self.status and not quietly:
             log.info("watching", status=status)
         self.status = status
-        rejection = self._rejected.get(self.pin.version) if self.pin else None
-        if rejection:
-            self.status = f"{status}: {rejection.detail}"
 
     async def _notice_changes(self) -> None:
         """Set `_changed` when the file system tells of a change. The poll goes on all the same; this only is quicker."""
@@ -130,20 +130,21 @@ class Watcher:
     # -- on the watcher's thread ------------------------------------------------------------------------------------
 
     def _known(self) -> Known:
-        self.pin = self.store.pin()
+        pin = self.store.pin()
         versions = tuple(self.store.versions())
+        self.pin = pin
         self.history.discover(versions)
         live = self.slot.current.version if self.slot.current else None
         self.metrics.saw(versions[-1] if versions else 0, self.pin)
         self._terms = {version: term for version, term in self._terms.items() if version in versions}
-        self._reconsider(live)
+        self._reconsider()
         return Known(live, versions, self.pin.version if self.pin else None, frozenset(self._rejected))
 
-    def _reconsider(self, live: int | None) -> None:
-        """Forget a rejection whose bytes have changed, if the version could go live at all."""
+    def _reconsider(self) -> None:
+        """Forget a rejection whose bytes have changed, or of a stale term that an operator has pinned all the same."""
         for version, rejection in list(self._rejected.items()):
-            wanted = self.pin.version == version if self.pin else live is None or version > live
-            if wanted and any(self.store.stamp(key) != stamp for key, stamp in rejection.stamps.items()):
+            ordered = rejection.error.reason is Reason.STALE_TERM and self.pin and self.pin.version == version
+            if ordered or any(self.store.stamp(key) != stamp for key, stamp in rejection.stamps.items()):
                 del self._rejected[version]
                 self.history.enter(version, State.DISCOVERED)
 
@@ -178,6 +179,7 @@ class Watcher:
         self._terms[manifest.version] = manifest.term
         if self.pin and self.pin.version == manifest.version:
             return
+        self._learn_term_before(manifest.version)
         above = max((term for version, term in self._terms.items() if version < manifest.version), default=0)
         if manifest.term < above:
             raise BadVersion(
@@ -185,10 +187,17 @@ class Watcher:
                 f"term {manifest.term} is below term {above} of an earlier version: its publisher had been replaced",
             )
 
+    def _learn_term_before(self, version: int) -> None:
+        """After a start nothing is known of the terms before; that of the version right before this one tells most."""
+        before = max((number for number in self.store.versions() if number < version), default=0)
+        if before and before not in self._terms:
+            with contextlib.suppress(BadVersion, Missing):
+                self._terms[before] = self.store.manifest(before).term
+
     def _reject(
         self, version: int, error: BadVersion, stamps: dict[str, str | None], timings_s: dict[str, float]
     ) -> None:
-        self._rejected[version] = _Rejection(str(error), stamps)
+        self._rejected[version] = _Rejection(error, stamps)
         self.metrics.rejected.labels(reason=error.reason).inc()
         self.history.enter(version, State.REJECTED, reason=error.reason, detail=error.detail, timings_s=timings_s)
         live = self.slot.current

@@ -77,7 +77,7 @@ def test_a_stem_is_portable_in_a_file_name(algorithm: Algorithm) -> None:
         pytest.param(f"blake3:{HEX}\n", id="newline after it"),
         pytest.param(f" blake3:{HEX}", id="space before it"),
         pytest.param(f"blake3:../{HEX[3:]}", id="a path"),
-        pytest.param(f"blake3:{'٠' * 64}", id="digits that are not ASCII"),
+        pytest.param(f"blake3:{chr(0x660) * 64}", id="digits that are not ASCII"),
         pytest.param(f"blake3:{HEX[:-1]}\0", id="NUL"),
         pytest.param("", id="empty"),
     ],

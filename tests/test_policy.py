@@ -33,7 +33,7 @@ from service.policy import Known, Load, Stay, decide
         ),
         pytest.param(
             Known(live=3),
-            Stay("there is no version in the store yet"),
+            Stay("there is no version in the store any more; version 3 goes on"),
             id="A live version stays when the store is empty.",
         ),
         pytest.param(

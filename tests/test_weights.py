@@ -3,8 +3,7 @@
 import hashlib
 import io
 import json
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +50,11 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> 
 def tensors(draw: st.DrawFn) -> Tensor:
     """A tensor of any dtype, shape and strides."""
     dtype = draw(st.sampled_from(list(DTYPES.values())))
-    shape = draw(st.lists(st.integers(0, 4), max_size=4).map(tuple))
-    tensor = random_tensor(dtype, shape, draw(st.integers(0, 1000)))
-    if shape and draw(st.booleans()):
+    shape = draw(st.lists(st.integers(0, 4), max_size=4))
+    tensor = random_tensor(dtype, tuple(shape), draw(st.integers(0, 1000)))
+    if draw(st.booleans()):
         tensor = tensor.permute(draw(st.permutations(range(len(shape)))))
-    if shape and draw(st.booleans()):
+    if draw(st.booleans()) and shape:
         tensor = tensor[draw(st.integers(0, 2)) :: draw(st.integers(1, 3))]
     if draw(st.booleans()):
         tensor = tensor.expand(draw(st.integers(0, 3)), *tensor.shape)
@@ -64,7 +63,8 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 def bits(tensor: Tensor) -> list[int]:
     """The tensor's bytes, so that a NaN equals itself."""
-    raw: list[int] = tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))
+    raw: list[int] = flat.view(torch.uint8).tolist()
     return raw
 
 
@@ -119,11 +119,11 @@ def test_the_safetensors_package_reads_what_is_written(state: dict[str, Tensor])
 
 
 @settings(deadline=None)
-@given(st.dictionaries(names.filter(bool), tensors(), max_size=5), st.dictionaries(names, names, max_size=3))
+@given(st.dictionaries(names, tensors(), max_size=5), st.dictionaries(names, names, max_size=3))
 def test_what_the_safetensors_package_writes_is_read(state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Files of the safetensors package come back whole, metadata too."""
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    found = parsed(safetensors.torch.save(state, metadata))
+    found = parsed(safetensors.torch.save(state, metadata or None))
     assert_same(found.tensors, state)
     assert found.metadata == metadata
 
@@ -164,6 +164,24 @@ def test_equal_tensors_make_equal_files() -> None:
     """The order in which tensors are given does not show in the file: same content, same digest."""
     a, b = torch.ones(2), torch.zeros(3, dtype=torch.int64)
     assert written({"a": a, "b": b}) == written({"b": b, "a": a})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch.arange(4.0)[::4], id="one of four"),
+        pytest.param(torch.tensor(0.0).expand(1), id="one expanded"),
+        pytest.param(torch.tensor(0.0).expand(0), id="none expanded"),
+        pytest.param(torch.arange(4.0)[4::2], id="none of four"),
+        pytest.param(torch.tensor(0.0).expand(3), id="three expanded"),
+        pytest.param(torch.arange(6.0).view(2, 3).T, id="transposed"),
+        pytest.param(torch.arange(6.0)[1::2], id="every other"),
+    ],
+)
+def test_strides_do_not_matter(tensor: Tensor) -> None:
+    """A view of any strides is written as what it shows, be it of one number or of none."""
+    data, blob = written({"x": tensor})
+    assert read(io.BytesIO(data), blob).tensors["x"].tolist() == tensor.tolist()
 
 
 def test_a_conjugate_view_is_written_as_what_it_shows() -> None:
@@ -352,22 +370,13 @@ def test_a_hostile_header_is_rejected(data: bytes) -> None:
 
 
 def test_a_header_bomb_is_rejected_at_once() -> None:
-    """A shape of very many large sizes is not multiplied out, which would take minutes."""
-    program = (
-        "import io, json\n"
-        "from emaswap import BadVersion\n"
-        "from emaswap.digest import digest_of\n"
-        "from emaswap.weights import Blob, read\n"
-        "shape = [2**47] * 900_000\n"
-        "header = json.dumps({'x': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, 4]}}).encode()\n"
-        "data = len(header).to_bytes(8, 'little') + header + bytes(4)\n"
-        "try:\n"
-        "    read(io.BytesIO(data), Blob(digest_of(data), len(data)))\n"
-        "except BadVersion as error:\n"
-        "    print(error.reason)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=8, check=True)
-    assert done.stdout.strip() in (Reason.HEADER_TOO_LARGE, Reason.HEADER_INVALID)
+    """A shape of very many large sizes is not multiplied out, and the reason stays short enough to show."""
+    data = with_header({"x": entry([2**47] * 50_000, [0, 4])}, bytes(4))
+    before_s = time.process_time()
+    with pytest.raises(BadVersion) as raised:
+        parsed(data)
+    assert time.process_time() - before_s < 1
+    assert len(raised.value.detail) < 1000
 
 
 numbers = st.one_of(
@@ -400,11 +409,13 @@ def assert_read_or_rejected(data: bytes) -> None:
     """The bytes are rejected for their header, or are tensors that can be looked at."""
     try:
         found = parsed(data)
-    except BadVersion as error:
-        assert error.reason in (Reason.HEADER_TOO_LARGE, Reason.HEADER_INVALID)
+    except BadVersion as rejected:
+        reason = rejected.reason
     else:
         assert sum(tensor.nbytes for tensor in found.tensors.values()) <= len(data)
         not_finite(found.tensors)
+        return
+    assert reason in (Reason.HEADER_TOO_LARGE, Reason.HEADER_INVALID)
 
 
 @settings(deadline=None, max_examples=400)
@@ -482,7 +493,7 @@ class Extra(nn.Module):
 
 def test_state_that_is_no_tensor_is_refused() -> None:
     """State that a tensor file cannot hold is refused by name rather than left out or pickled."""
-    with pytest.raises(EmaswapError, match="'0._extra_state' is a dict, not a tensor"):
+    with pytest.raises(EmaswapError, match=r"'0\._extra_state' is a dict, not a tensor"):
         named_tensors(nn.Sequential(Extra()))
 
 

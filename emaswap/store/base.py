@@ -106,7 +106,9 @@ class Store(ABC):
         file system, and a publisher may die between its commit and CURRENT.
         """
         matches = map(_MANIFEST_NAME.fullmatch, self.names("versions"))
-        found = sorted(int(match[1]) for match in matches if match)
+        # Only a version's own name counts: 000000099.json is another file than that of version 99.
+        numbers = [int(match[1]) for match in matches if match and f"{int(match[1]):08d}" == match[1]]
+        found = sorted(numbers)
         newest = found[-1] if found else 0
         ahead = self.hint()
         if ahead <= newest or self.stamp(manifest_key(ahead)) is None:
@@ -183,6 +185,7 @@ class Store(ABC):
         try:
             return Pin.model_validate_json(self.read(PIN, _MAX_NOTE_BYTES))
         except Missing:
+            self.names("versions")  # raises when it is the store itself that is not there
             return None
         except ValidationError as error:
             raise StoreError(f"PIN in {self.location} cannot be understood; pin again or unpin: {error}") from None
