@@ -5,6 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
+TESTED := .venv/tested
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long check bench format clean
@@ -22,19 +23,23 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## trainer and service together on real data, for about a minute
 	$(BIN)/python demo.py
 
-test: $(INSTALLED) ## the tests
-	$(BIN)/python -m pytest -m 'not long'
+test: $(INSTALLED) ## the tests; they leave the branch coverage that `make check` looks at
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m 'not long'
+	@$(BIN)/coverage combine --quiet
+	@touch $(TESTED)
 
 test-long: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/python -m pytest -m long
 
-check: $(INSTALLED) ## lint, types, and the tests once more with branch coverage
+# Newer than all that was tested: then the tests need not run again.
+$(TESTED): $(shell git ls-files '*.py' '*.md' pyproject.toml constraints.txt 2>/dev/null)
+	$(MAKE) test
+
+check: $(INSTALLED) $(TESTED) ## lint, types, coverage; and the tests, unless they have passed since the last change
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -m 'not long'
-	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
 bench: $(INSTALLED) ## the benchmarks; ends with the bars that do not hold

@@ -12,7 +12,7 @@ import pydantic_core
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from emaswap.digest import Digest
-from emaswap.errors import BadVersion, Reason
+from emaswap.errors import BadVersion, EmaswapError, Reason
 from emaswap.release import __version__
 from emaswap.signature import Signature
 
@@ -65,7 +65,10 @@ class Architecture(_Frozen):
     @classmethod
     def of(cls, factory: Any, **arguments: JsonValue) -> "Architecture":
         """The architecture of a class or function that the service can import, too: `Architecture.of(Net, width=32)`."""
-        return cls(factory=f"{factory.__module__}:{factory.__qualname__}", arguments=arguments)
+        module, name = factory.__module__, factory.__qualname__
+        if not name.isidentifier():
+            raise EmaswapError(f"no service can import {module}:{name}: move it to the top of a module")
+        return cls(factory=f"{module}:{name}", arguments=arguments)
 
 
 class EmaInfo(_Frozen):
@@ -103,7 +106,7 @@ class Manifest(_Frozen):
     release: str = __version__
     model: Annotated[str, Field(min_length=1, max_length=200)]
     version: Version
-    term: Count
+    term: Annotated[int, Field(ge=1, le=10**15)]
     run: str
     parent: Digest | None = None
     created_at: AwareDatetime

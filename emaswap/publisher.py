@@ -6,6 +6,7 @@ committing happen on a thread of its own. When that thread is busy, the newest s
 
 import copy
 import logging
+import random
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -66,16 +68,21 @@ class Publisher:
 
         Raises:
             StoreError: the store cannot be written.
-            PublishError: the store holds another model.
+            PublishError: the store holds another model, or the architecture cannot be built.
         """
         self.store = store if isinstance(store, Store) else open_store(store)
         self.published = 0
+        self.latest: Manifest | None = None
         self._architecture = Architecture(factory=architecture) if isinstance(architecture, str) else architecture
         if self._architecture.factory.startswith("__main__:"):
             raise PublishError(
-                f"the service cannot import {self._architecture.factory}: move the class into a module of its own"
+                f"no service can import {self._architecture.factory}: move the class into a module of its own"
             )
-        self._probe_inputs = probe
+        # What a service will build, to compare with what is published. It is built here and not in the background,
+        # where it would draw from the random numbers that training goes on with.
+        self._candidate: nn.Module | None = self._build()
+        self._layout: _Layout | None = None
+        self._probe_inputs = _copied(probe)
         self._signature = signature
         self._algorithm = algorithm
         self._on_publish = on_publish
@@ -89,7 +96,6 @@ class Publisher:
         self._spare: list[_Snapshot] = []
         self._error: EmaswapError | None = None
         self._working: Future[None] | None = None
-        self._proven = False
         # An executor's thread finishes its work when the interpreter exits, even if nobody calls close().
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="emaswap-publisher")
 
@@ -155,18 +161,27 @@ class Publisher:
                     self._working = None
                     return
             try:
-                manifest = self._write(snapshot)
+                self.latest = self._write(snapshot)
                 self.published += 1
-                if self._on_publish:
-                    self._on_publish(manifest)
+                self._tell(self.latest)
             except Fenced as error:
                 log.error("%s", error)
                 self._error = error
             except Exception as error:  # it must reach the training loop, whatever it is
-                log.warning("step %d was not published: %s", snapshot.training.step, error)
-                self._error = PublishError(f"step {snapshot.training.step} was not published: {error}")
-                self._error.__cause__ = error
+                self._fail(f"step {snapshot.training.step} was not published: {error}", error)
             self._spare.append(snapshot)
+
+    def _tell(self, manifest: Manifest) -> None:
+        try:
+            if self._on_publish:
+                self._on_publish(manifest)
+        except Exception as error:  # it is the user's own
+            self._fail(f"version {manifest.version} is published, but on_publish failed: {error}", error)
+
+    def _fail(self, message: str, cause: Exception) -> None:
+        log.warning("%s", message)
+        self._error = PublishError(message)
+        self._error.__cause__ = cause
 
     def _write(self, snapshot: "_Snapshot") -> Manifest:
         module = snapshot.module
@@ -181,9 +196,7 @@ class Publisher:
         signature = self._signature
         probe = Probe.record(module, signature, self._probe_inputs)
         rtol, atol = tolerances(tensors, torch.device("cpu"))
-        if not self._proven:
-            self._prove(snapshot, probe, rtol, atol)
-            self._proven = True
+        self._prove(module, probe, signature)
 
         weights = self.store.add_tensors("weights", tensors, self._algorithm)
         recorded = self.store.add_tensors("probes", probe.to_tensors(), self._algorithm)
@@ -214,18 +227,34 @@ class Publisher:
         self._prune()
         return manifest
 
-    def _prove(self, snapshot: "_Snapshot", probe: Probe, rtol: float, atol: float) -> None:
-        """Do once what every service will do, so that a wrong factory shows here and not in front of users."""
-        signature = self._signature
-        assert signature is not None
+    def _build(self) -> nn.Module:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         try:
-            module = architectures.build(self._architecture, trusted=[self._architecture.factory])
-            architectures.fill(module, named_tensors(snapshot.module))
-            probe.compare(probe.replay(module, signature), rtol=rtol, atol=atol)
+            return architectures.build(self._architecture, trusted=[self._architecture.factory])
+        except BadVersion as error:
+            raise PublishError(f"what no service can build is not published: {error.detail}") from error
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_rng_state(states[2])
+
+    def _prove(self, module: nn.Module, probe: Probe, signature: Signature) -> None:
+        """Do once what every service will do, so that a wrong factory shows here and not in front of users."""
+        layout = _layout_of(module)
+        if self._candidate is None:
+            if layout != self._layout:
+                raise PublishError("it is not a module like the ones published before: make a publisher of its own")
+            return
+        tensors = named_tensors(module)
+        rtol, atol = tolerances(tensors, torch.device("cpu"))
+        try:
+            architectures.fill(self._candidate, tensors)
+            probe.compare(probe.replay(self._candidate, signature), rtol=rtol, atol=atol)
         except BadVersion as error:
             raise PublishError(
                 f"{self._architecture.factory} does not build the module that is published: {error}"
             ) from error
+        self._candidate, self._layout = None, layout
 
     def _prune(self) -> None:
         try:
@@ -245,13 +274,12 @@ class _Snapshot:
     @torch.no_grad()
     def take(self, ema: ModelEMA | nn.Module, training: TrainingInfo) -> None:
         source = ema.ema if isinstance(ema, ModelEMA) else unwrap(ema)
-        if self.module is None or _layout(self.module) != _layout(source):
+        if self.module is None or _layout_of(self.module) != _layout_of(source):
             self.module = copy.deepcopy(source).cpu().eval()
         elif mine := _state(self.module):
             torch._foreach_copy_(mine, _state(source))
         self.training = training
-        if isinstance(ema, ModelEMA):
-            self.ema = _describe(ema)
+        self.ema = _describe(ema) if isinstance(ema, ModelEMA) else EmaInfo()
 
 
 def _state(module: nn.Module) -> list[torch.Tensor]:
@@ -259,8 +287,18 @@ def _state(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _layout(module: nn.Module) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(tensor.shape, tensor.dtype) for tensor in _state(module)]
+_Layout = tuple[type[nn.Module], list[tuple[torch.Size, torch.dtype]]]
+
+
+def _layout_of(module: nn.Module) -> _Layout:
+    return type(module), [(tensor.shape, tensor.dtype) for tensor in _state(module)]
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    """Copies on the CPU: the caller's own may change, or be where the snapshots are not."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.detach().cpu().clone()
+    return {name: value.detach().cpu().clone() for name, value in inputs.items()}
 
 
 def _describe(ema: ModelEMA) -> EmaInfo:

@@ -5,6 +5,7 @@ version can still fetch it. Of the first version of a term the manifest stays fo
 term before collides with. What is not recognised is never deleted.
 """
 
+import re
 from dataclasses import dataclass
 
 from emaswap.errors import BadVersion, EmaswapError, Missing
@@ -13,6 +14,7 @@ from emaswap.store import Store
 from emaswap.store.base import Kind, manifest_key, tensors_key
 
 _ORPHAN_AGE_S = 3600.0
+_TENSORS_NAME = re.compile(r"(blake3|sha256)-[0-9a-f]{64}\.safetensors")
 _KINDS: tuple[Kind, ...] = ("weights", "probes")
 
 
@@ -67,7 +69,7 @@ class Retention:
             f"{kind}/{name}"
             for kind in _KINDS
             for name, age_s in self.store.names(kind).items()
-            if age_s > _ORPHAN_AGE_S and name.endswith(".safetensors") and f"{kind}/{name}" not in named
+            if age_s > _ORPHAN_AGE_S and _TENSORS_NAME.fullmatch(name) and f"{kind}/{name}" not in named
         ]
         for key in orphans:
             self.store.delete(key)

@@ -46,7 +46,7 @@ class Term:
                     f"{store.location} holds versions of {newest.model!r}, not of {model!r}: a store is for one model"
                 )
             if not unreadable:
-                self.parent = digest_of(newest.encode())
+                self.parent = digest_of(store.manifest_bytes(newest.version))
         # Each version raises the term by one at the most, so this is above that of every unreadable one.
         self.term = (newest.term if newest else 0) + unreadable + 1
         if self.version and store.hint() != self.version:
@@ -96,7 +96,7 @@ class Term:
                 f"run {winner.run} (term {winner.term}) published version {version} to {self.store.location} where run "
                 f"{self.run} (term {self.term}) was to: another publisher has taken over; stop this one, or the other"
             )
-        self.version, self.parent = version, digest_of(winner.encode())
+        self.version, self.parent = version, digest_of(self.store.manifest_bytes(version))
 
     def _point(self) -> None:
         try:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from emaswap import EmaswapError
-from tests.test_store import fill, small_disk
+from tests.disk import fill, small_disk
 from trainer import checkpoint
 
 
@@ -317,7 +317,7 @@ def test_when_all_are_damaged_that_is_an_error(tmp_path: Path) -> None:
 def test_an_unfinished_file_is_not_loaded_and_is_cleared(tmp_path: Path) -> None:
     """What a killed run was just writing does not count, and goes with the next checkpoint."""
     checkpoint.save(tmp_path, 10, {"step": 10})
-    (tmp_path / "0123456789abcdef.part").write_bytes(b"half")
+    (tmp_path / f"{'0123456789abcdef' * 2}.part").write_bytes(b"half")
     assert checkpoint.load(tmp_path) == {"step": 10}
     checkpoint.save(tmp_path, 20, {"step": 20})
     assert list(tmp_path.glob("*.part")) == []

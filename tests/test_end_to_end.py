@@ -112,7 +112,8 @@ def test_a_publisher_killed_at_any_instant_leaves_the_store_whole(tmp_path: Path
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     randomly = random.Random(1)
-    newest, terms, cut_short = 0, set(), 0
+    terms: set[int] = set()
+    newest, cut_short = 0, 0
     with nursery:
         for _ in range(200):
             print(file=nursery.stdin, flush=True)

@@ -32,9 +32,9 @@ from emaswap import (
 from emaswap.probe import Probe
 from emaswap.store.base import manifest_key, tensors_key
 from emaswap.weights import Blob, named_tensors
+from tests.disk import fill, small_disk
 from tests.models import Everything, Linear, Tokens
 from tests.serving import ROOT, wait_for
-from tests.test_store import fill, small_disk
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 
@@ -334,21 +334,21 @@ def linear_of(dtype: str = "float32") -> nn.Module:
 def test_a_factory_that_does_not_build_the_published_module_is_refused(
     store: DirectoryStore, architecture: Architecture
 ) -> None:
-    """What every service would reject shows at the first publish, before anything is committed or written."""
-    with pytest.raises(PublishError, match=f"{architecture.factory} does not build the module"):
+    """What every service would reject shows when publishing begins, before anything is committed or written."""
+    with pytest.raises(PublishError, match=f"{architecture.factory} (failed|does not build the module)"):
         with Publisher(store, model="test", architecture=architecture, probe=ROWS) as publisher:
             publisher.publish(Linear())
     assert store.versions() == []
     assert store.names("weights") == {}
 
 
-def test_a_module_that_has_changed_since_the_first_version_is_proven_again(store: DirectoryStore) -> None:
+def test_a_module_that_has_changed_since_the_first_version_is_refused(store: DirectoryStore) -> None:
     """A module that the factory no longer builds is refused, even if the one before it was right."""
     with Publisher(store, model="test", architecture=Architecture.of(Hidden), probe=ROWS) as publisher:
         publisher.publish(Hidden(width=4))
         publisher.flush()
         publisher.publish(Hidden(width=5))
-        with pytest.raises(PublishError, match="does not build the module"):
+        with pytest.raises(PublishError, match="not a module like the ones published before"):
             publisher.flush()
     assert store.versions() == [1]
 
@@ -366,7 +366,7 @@ def test_a_module_of_another_class_answers_for_itself(store: DirectoryStore) -> 
 
 def test_a_factory_in_main_is_refused(store: DirectoryStore) -> None:
     """No service can import what is defined in a script, so the error says to move it, before anything is written."""
-    with pytest.raises(PublishError, match=r"cannot import __main__:Net: move the class into a module"):
+    with pytest.raises(PublishError, match=r"can import __main__:Net: move the class into a module"):
         Publisher(store, model="test", architecture="__main__:Net", probe=ROWS)
 
 

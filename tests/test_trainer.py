@@ -14,10 +14,10 @@ import torch
 
 from emaswap import DirectoryStore, Manifest, ModelEMA, Publisher
 from emaswap.weights import Blob
+from tests.disk import fill, small_disk
 from tests.models import Linear
 from tests.serving import ROOT, wait_for
 from tests.tasks import GATES, Noisy, NoisyNet
-from tests.test_store import fill, small_disk
 from trainer.__main__ import main
 
 STEPS = 60
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_finds_no_space_is_no_reason_to_lose_a_run(
         ("cats", "unknown task 'cats': expected one of ['digits'], or package.module:Class"),
         ("no.such.package:Task", "cannot load task 'no.such.package:Task'"),
         ("tests.tasks:Nowhere", "cannot load task 'tests.tasks:Nowhere'"),
-        (":Task", "cannot load task ':Task'"),
+        (":Task", "unknown task ':Task'"),
         ("tests.tasks:Nameless", "tests.tasks:Nameless is no task: it lacks architecture, signature, batch"),
         ("tests.tasks:Demanding", "cannot load task 'tests.tasks:Demanding'"),
         ("tests.tasks:Failing", "cannot load task 'tests.tasks:Failing'"),

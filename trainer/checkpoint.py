@@ -19,7 +19,7 @@ from torch import Tensor
 
 from emaswap import BadVersion, EmaswapError, weights
 from emaswap.digest import stem_of
-from emaswap.durable import PART_SUFFIX, sync_folder, written
+from emaswap.durable import is_part, sync_folder, written
 from emaswap.weights import Blob
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,23 @@ State = dict[str, Any]
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint atomically, and let go of all but the newest two."""
+    """Write a checkpoint atomically, and let go of all but the newest two.
+
+    Raises `EmaswapError` when the state holds what cannot be saved, or the folder cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     metadata = {"state": json.dumps(_pack(state, "", tensors))}
+    try:
+        return _write(folder, step, tensors, metadata)
+    except OSError as error:
+        raise EmaswapError(f"cannot save a checkpoint in {folder}: {error.strerror}") from error
+
+
+def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"*{PART_SUFFIX}"):
-        stale.unlink()
+    for stale in folder.iterdir():
+        if is_part(stale.name):
+            stale.unlink()
     with written(folder, lambda file: weights.write(file, tensors, metadata=metadata)) as (path, blob):
         final = folder / f"step-{step:08d}.{stem_of(blob.digest)}.safetensors"
         path.replace(final)
@@ -104,9 +115,12 @@ def _parts(path: Path) -> tuple[int, str, str]:
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A nested state as JSON, its tensors put aside; JSON itself would turn tuples to lists and number keys to text."""
     if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
+        unique = f"{len(tensors)}{name}"  # keys 1 and "1" look alike in a name
+        tensors[unique] = value
+        return {"tensor": unique}
     if isinstance(value, Mapping):
+        if odd := [key for key in value if not (key is None or isinstance(key, (bool, int, float, str)))]:
+            raise EmaswapError(f"a checkpoint cannot hold {name}, which has a {type(odd[0]).__name__} for a key")
         return {"mapping": [[key, _pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"

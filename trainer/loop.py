@@ -3,12 +3,24 @@
 import contextlib
 import math
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from emaswap import EMA, EmaswapError, Fenced, ModelEMA, Publisher, PublishError
+from emaswap import (
+    EMA,
+    BadVersion,
+    EmaswapError,
+    Fenced,
+    Missing,
+    ModelEMA,
+    Publisher,
+    PublishError,
+    Store,
+)
+from trainer import checkpoint
 from trainer.display import Display
 from trainer.run import Run
 from trainer.settings import TrainerSettings
@@ -38,7 +50,43 @@ def train(settings: TrainerSettings, task: Task, display: Display, stop: threadi
     if run.restore():
         display.say(f"going on at step {run.step} from {settings.resume}")
 
-    with Publisher(
+    publisher = open_publisher(settings, task, display)
+
+    def keep() -> None:
+        """Publish and save where training stands."""
+        metrics = evaluate(task, model, ema, device) | {"train_loss": loss_average.get().item()}
+        display.evaluated(metrics)
+        warn_of(lambda: publisher.publish(ema, step=run.step, metrics=metrics), display)
+        warn_of(run.save, display)
+
+    if run.step > newest_step(publisher.store):
+        keep()  # the run was ended before what it had reached was published
+    stopping = stop.is_set()
+    while run.step < settings.steps and not stopping:
+        batch = tuple(part.to(device) for part in task.batch(run.step, settings.batch_size, settings.seed))
+        model.train()
+        with autocast(device):
+            loss = task.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        ema.update(model)
+        loss_average.update(loss)
+        run.step += 1
+        display.step(run.step)
+        # Read once a step, so that the step that ends the run is the one that is published and saved.
+        stopping = stop.is_set()
+        if stopping or run.step % settings.publish_every == 0 or run.step == settings.steps:
+            keep()
+
+    close_publisher(publisher, run.step, display)
+    return run.step
+
+
+def open_publisher(settings: TrainerSettings, task: Task, display: Display) -> Publisher:
+    """A publisher of the task's model."""
+    return Publisher(
         settings.store,
         model=task.name,
         architecture=task.architecture(),
@@ -46,43 +94,48 @@ def train(settings: TrainerSettings, task: Task, display: Display, stop: threadi
         probe=task.probe(),
         keep=settings.keep,
         on_publish=display.published,
-    ) as publisher:
-        stopping = stop.is_set()
-        while run.step < settings.steps and not stopping:
-            batch = tuple(part.to(device) for part in task.batch(run.step, settings.batch_size, settings.seed))
-            model.train()
-            with autocast(device):
-                loss = task.loss(model, batch)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            ema.update(model)
-            loss_average.update(loss)
-            run.step += 1
-            display.step(run.step)
+    )
 
-            # Read once a step, so that the step that ends the run is the one that is published and saved.
-            stopping = stop.is_set()
-            if stopping or run.step % settings.publish_every == 0 or run.step == settings.steps:
-                metrics = evaluate(task, model, ema, device) | {"train_loss": loss_average.get().item()}
-                display.evaluated(metrics)
-                try:
-                    publisher.publish(ema, step=run.step, metrics=metrics)
-                except Fenced:
-                    raise
-                except PublishError as error:  # a full disk, say, is no reason to lose a run
-                    display.say(f"warning: {error}; training goes on")
-                run.save()
-    return run.step
+
+def close_publisher(publisher: Publisher, step: int, display: Display) -> None:
+    """Publish what is pending. Raises what went wrong, unless the version of this last step is published all the same."""
+    try:
+        publisher.close()
+    except PublishError as error:
+        if isinstance(error, Fenced) or publisher.latest is None or publisher.latest.training.step < step:
+            raise
+        display.say(f"warning: {error}; the last version is published")
+
+
+def warn_of(work: Callable[[], object], display: Display) -> None:
+    """Do something that training can do without: a full disk, say, is no reason to lose a run. A fenced run must end."""
+    try:
+        work()
+    except Fenced:
+        raise
+    except EmaswapError as error:
+        display.say(f"warning: {error}; training goes on")
+
+
+def newest_step(store: Store) -> int:
+    """The training step of the newest version, 0 when there is none that can be read."""
+    try:
+        return store.manifest(store.newest()).training.step
+    except (BadVersion, Missing):
+        return 0
 
 
 def evaluate(task: Task, model: nn.Module, ema: ModelEMA, device: torch.device) -> dict[str, float]:
-    """The task's metrics of the raw and of the averaged weights, as "raw_..." and "ema_..."."""
+    """The task's metrics of the raw and of the averaged weights, as "raw_..." and "ema_...".
+
+    Whatever random numbers that draws, training goes on with those that it would have had.
+    """
     metrics: dict[str, float] = {}
+    random_state = checkpoint.random_state()
     with torch.no_grad(), autocast(device):
         for kind, module in (("raw", model.eval()), ("ema", ema.ema)):
             metrics |= {f"{kind}_{name}": value for name, value in task.evaluate(module, device).items()}
+    checkpoint.set_random_state(random_state)
     return metrics
 
 

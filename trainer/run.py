@@ -7,7 +7,17 @@ from trainer import checkpoint
 from trainer.settings import TrainerSettings
 
 # What must be the same for a checkpoint to be of the same run.
-_IDENTITY = ("task", "seed", "batch_size", "steps")
+_IDENTITY = (
+    "task",
+    "seed",
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "ema_decay",
+    "ema_tau",
+)
 
 
 class Stateful(Protocol):

@@ -133,10 +133,14 @@ class Store(ABC):
         """Make CURRENT name this version."""
         self.replace(CURRENT, _Current(version=version).model_dump_json().encode())
 
+    def manifest_bytes(self, version: int) -> bytes:
+        """A version's manifest as it is stored. Raises `Missing` when there is none."""
+        return self.read(manifest_key(version), MAX_MANIFEST_BYTES)
+
     def manifest(self, version: int) -> Manifest:
         """A version's manifest. Raises `Missing` when there is none, `BadVersion` when it cannot be right."""
         try:
-            data = self.read(manifest_key(version), MAX_MANIFEST_BYTES)
+            data = self.manifest_bytes(version)
         except NotAFile as error:
             raise BadVersion(Reason.NOT_A_FILE, str(error)) from None
         except TooLarge as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emaswap import weights
 from emaswap.digest import Algorithm
-from emaswap.durable import PART_SUFFIX, sync_folder, written
+from emaswap.durable import is_part, sync_folder, written
 from emaswap.errors import Missing, NotAFile, ReadOnly, StoreError, TooLarge
 from emaswap.store.base import Kind, Store, tensors_key
 from emaswap.weights import Blob
@@ -86,10 +86,12 @@ class DirectoryStore(Store):
     def prepare(self) -> None:
         with self._errors("prepare the store"):
             for folder in _FOLDERS:
+                if (self.root / folder).is_symlink():
+                    raise NotAFile(f"{folder} in {self.location} is a link, which is not followed")
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             sync_folder(self.root)
         for name, age_s in self.names("tmp").items():
-            if name.endswith(PART_SUFFIX) and age_s > _STALE_TMP_S:
+            if is_part(name) and age_s > _STALE_TMP_S:
                 self.delete(f"tmp/{name}")
 
     def add_tensors(self, kind: Kind, tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Blob:

@@ -60,13 +60,13 @@ class Task(Protocol):
 def find_task(name: str) -> Task:
     """A built-in task by name, or a class by its import path. Raises `EmaswapError` when there is none."""
     path = _BUILT_IN.get(name, name)
-    module, colon, cls = path.partition(":")
-    if not colon:
+    module, _, cls = path.partition(":")
+    if not module or not cls:
         raise EmaswapError(f"unknown task {name!r}: expected one of {sorted(_BUILT_IN)}, or package.module:Class")
     try:
         task: Task = getattr(importlib.import_module(module), cls)()
-    except (ImportError, AttributeError) as error:
-        raise EmaswapError(f"cannot load task {name!r}: {error}") from error
+    except Exception as error:  # a task is somebody else's code and may raise anything
+        raise EmaswapError(f"cannot load task {name!r}: {type(error).__name__}: {error}") from error
     missing = [part for part in _PARTS if not hasattr(task, part)]
     if missing:
         raise EmaswapError(f"{path} is no task: it lacks {', '.join(missing)}")
