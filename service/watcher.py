@@ -238,4 +238,4 @@ class Watcher:
 def _lower_priority() -> None:
     """Let requests go first where the kernel knows threads' priorities (Linux does, and only it)."""
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

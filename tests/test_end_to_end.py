@@ -94,7 +94,7 @@ def test_no_answer_fails_or_mixes_versions_while_versions_race_by(tmp_path: Path
     assert [problem for client in clients for problem in client.problems] == []
     assert {str(version): digest for version, digest in seen.items()}.items() <= published.items()
     assert versions in seen
-    assert len(seen) > min(versions // 20, 50)
+    assert len(seen) >= 5
     assert rejected == []
 
 
