@@ -20,12 +20,7 @@ from emaswap.retention import Retention
 from emaswap.store import Store, open_store
 from emaswap.store.base import tensors_key
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Look into a store; pin, unpin and prune what is in it.",
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 # A table is not squeezed into a narrow terminal, nor into the 80 columns of a pipe: lines may wrap.
 console = Console(highlight=False, width=max(160, Console().width))
 
@@ -40,6 +35,22 @@ def main() -> None:
     except EmaswapError as error:
         print(f"emaswap: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _print_release(wanted: bool) -> None:  # noqa: FBT001  (typer calls it with the flag)
+    if wanted:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def emaswap(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_release, is_eager=True, help="Print the release and exit.")
+    ] = False,
+) -> None:
+    """Look into a store; pin, unpin and prune what is in it."""
 
 
 @app.command()
@@ -116,12 +127,6 @@ def prune(
     retention = Retention(open_store(store), keep=keep, grace_s=grace)
     pruned, orphans = retention.prune(), retention.clean()
     console.print(f"pruned {len(pruned)} versions and {len(orphans)} files that no version names")
-
-
-@app.command()
-def release() -> None:
-    """Print the release of emaswap."""
-    console.print(__version__)
 
 
 def _row(manifest: Manifest) -> list[str]:
