@@ -143,6 +143,9 @@ class Watcher:
     def _reconsider(self) -> None:
         """Forget a rejection whose bytes have changed, or of a stale term that an operator has pinned all the same."""
         for version, rejection in list(self._rejected.items()):
+            if self.store.stamp(manifest_key(version)) is None:
+                del self._rejected[version]  # pruned: what is remembered of it stays
+                continue
             ordered = rejection.error.reason is Reason.STALE_TERM and self.pin and self.pin.version == version
             if ordered or any(self.store.stamp(key) != stamp for key, stamp in rejection.stamps.items()):
                 del self._rejected[version]
