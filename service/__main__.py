@@ -8,7 +8,6 @@ from types import FrameType
 
 import structlog
 import uvicorn
-from pydantic import ValidationError
 
 from emaswap import EmaswapError
 from service import logs
@@ -48,13 +47,7 @@ class Server(uvicorn.Server):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the service with command-line arguments; the exit status."""
-    try:
-        settings = ServiceSettings(_cli_parse_args=sys.argv[1:] if arguments is None else arguments)
-    except ValidationError as error:
-        for problem in error.errors():
-            print(f"--{'.'.join(map(str, problem['loc'])).replace('_', '-')}: {problem['msg']}", file=sys.stderr)
-        print("see python -m service --help", file=sys.stderr)
-        return 2
+    settings = ServiceSettings.read(arguments)
     logs.configure(settings.log_format)
     try:
         app = create_app(settings)

@@ -16,7 +16,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from emaswap import EmaswapError, __version__, open_store
+from emaswap import __version__, open_store
+from emaswap.device import pick_device
 from service.admin import Admin, read_token
 from service.batcher import Batcher
 from service.errors import Refusal
@@ -88,13 +89,6 @@ class Service:
                 await watching
             self.watcher.close()
             self.batcher.close()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device a setting means. Raises `EmaswapError` when it is CUDA and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EmaswapError("--device cuda: torch sees no CUDA device here; use --device auto or cpu")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:

@@ -4,21 +4,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from emaswap.architecture import TRUSTED_BY_DEFAULT
+from emaswap.settings import CommandSettings
 
 
-class ServiceSettings(BaseSettings):
+class ServiceSettings(CommandSettings):
     """Serve the newest (or the pinned) version in a store over HTTP, and follow the store as it changes."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="EMASWAP_",
-        frozen=True,
-        cli_prog_name="python -m service",
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-    )
+    model_config = SettingsConfigDict(cli_prog_name="python -m service")
 
     store: str = Field(description="Directory of the store to follow; it need not be there yet.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")

@@ -388,7 +388,8 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_flag(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
 ) -> None:
     """The status is 2, and the message starts with the flag as people write it."""
-    assert main(["--store", str(tmp_path / "store"), f"{flag}={value}"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--store", str(tmp_path / "store"), f"{flag}={value}"])
     error = capsys.readouterr().err
     assert error.startswith(f"{flag}: ")
     assert "see python -m trainer --help" in error
@@ -397,7 +398,8 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_flag(
 
 def test_a_store_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a store there is nowhere to publish to: status 2, naming the flag."""
-    assert main([]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([])
     assert capsys.readouterr().err.startswith("--store: ")
 
 
@@ -434,7 +436,8 @@ def test_a_wrong_variable_is_refused(
 ) -> None:
     """A wrong value in a variable is reported like one on the command line."""
     monkeypatch.setenv("EMASWAP_PUBLISH_EVERY", "often")
-    assert main(["--store", str(tmp_path / "store")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--store", str(tmp_path / "store")])
     assert capsys.readouterr().err.startswith("--publish-every: ")
 
 

@@ -6,8 +6,6 @@ import sys
 import threading
 from types import FrameType
 
-from pydantic import ValidationError
-
 from emaswap import EmaswapError
 from trainer.display import Display
 from trainer.loop import train
@@ -17,13 +15,7 @@ from trainer.tasks import find_task
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the trainer with command-line arguments; the exit status."""
-    try:
-        settings = TrainerSettings(_cli_parse_args=sys.argv[1:] if arguments is None else arguments)
-    except ValidationError as error:
-        for problem in error.errors():
-            print(f"--{'.'.join(map(str, problem['loc'])).replace('_', '-')}: {problem['msg']}", file=sys.stderr)
-        print("see python -m trainer --help", file=sys.stderr)
-        return 2
+    settings = TrainerSettings.read(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
     try:

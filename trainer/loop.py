@@ -20,6 +20,7 @@ from emaswap import (
     PublishError,
     Store,
 )
+from emaswap.device import pick_device
 from trainer import checkpoint
 from trainer.display import Display
 from trainer.run import Run
@@ -137,13 +138,6 @@ def evaluate(task: Task, model: nn.Module, ema: ModelEMA, device: torch.device) 
             metrics |= {f"{kind}_{name}": value for name, value in task.evaluate(module, device).items()}
     checkpoint.set_random_state(random_state)
     return metrics
-
-
-def pick_device(name: str) -> torch.device:
-    """The device a setting means. Raises `EmaswapError` when it is CUDA and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EmaswapError("--device cuda: torch sees no CUDA device here; use --device auto or cpu")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -4,19 +4,15 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+
+from emaswap.settings import CommandSettings
 
 
-class TrainerSettings(BaseSettings):
+class TrainerSettings(CommandSettings):
     """Train a model, keep the exponential moving average of its weights, and publish versions of it to a store."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="EMASWAP_",
-        frozen=True,
-        cli_prog_name="python -m trainer",
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-    )
+    model_config = SettingsConfigDict(cli_prog_name="python -m trainer")
 
     store: str = Field(description="Directory of the store to publish to; it is made when it is not there.")
     task: str = Field("digits", description="What to train: `digits`, or a task of your own as `package.module:Class`.")
