@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 TESTED := .venv/tested
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check bench format clean
+.PHONY: help demo test test-long test-engine check bench format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,12 +25,15 @@ demo: $(INSTALLED) ## trainer and service together on real data, for about a min
 
 test: $(INSTALLED) ## the tests; they leave the branch coverage that `make check` looks at
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m 'not long'
+	$(BIN)/coverage run -m pytest -m 'not long and not engine'
 	@$(BIN)/coverage combine --quiet
 	@touch $(TESTED)
 
 test-long: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/python -m pytest -m long
+
+test-engine: $(INSTALLED) ## the tests in a Docker engine, which they start themselves if none runs
+	$(BIN)/python -m pytest -m engine
 
 # Newer than all that was tested: then the tests need not run again.
 $(TESTED): $(shell git ls-files '*.py' '*.md' pyproject.toml constraints.txt 2>/dev/null)

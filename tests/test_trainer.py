@@ -148,7 +148,7 @@ def test_a_stopped_run_publishes_and_saves_the_step_it_was_at(tmp_path: Path, un
             trainer.process.send_signal(number)
             trainer.let_go(step)
             assert trainer.ended() == 0, trainer.log
-            assert f"stopped at step {step + 1} of {STEPS}" in trainer.log
+            assert f"stopped at step {step + 1}" in trainer.log
         assert newest(store).training.step == step + 1
     with Trainer(tmp_path, store, *resume) as trainer:
         assert trainer.ended() == 0, trainer.log

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         with Display(settings.steps) as display:
             _stop_on_signals(stop)
             step = train(settings, task, display, stop)
-            display.say(f"stopped at step {step} of {settings.steps}" if stop.is_set() else f"done: {step} steps")
+            display.say(f"stopped at step {step}" if stop.is_set() else f"done: {step} steps")
     except EmaswapError as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 1

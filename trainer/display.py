@@ -27,7 +27,7 @@ class Display:
             TimeRemainingColumn(),
             console=console or Console(highlight=False, soft_wrap=True),
         )
-        self._bar = self._progress.add_task("training", total=steps, loss="-", raw="-", ema="-", version=0)
+        self._bar = self._progress.add_task("training", total=steps or None, loss="-", raw="-", ema="-", version=0)
 
     def __enter__(self) -> Self:
         self._progress.start()

@@ -32,7 +32,7 @@ _LOSS_ALPHA = 0.02
 
 
 def train(settings: TrainerSettings, task: Task, display: Display, stop: threading.Event) -> int:
-    """Train until `settings.steps` are done or `stop` is set; the number of steps done.
+    """Train until `settings.steps` are done (0: without end) or `stop` is set; the number of steps done.
 
     Raises `Fenced` when another publisher takes the store over, `EmaswapError` when the store cannot be opened, a
     checkpoint is of another run, or the last version could not be published.
@@ -63,7 +63,7 @@ def train(settings: TrainerSettings, task: Task, display: Display, stop: threadi
     if run.step > newest_step(publisher.store):
         keep()  # the run was ended before what it had reached was published
     stopping = stop.is_set()
-    while run.step < settings.steps and not stopping:
+    while (run.step < settings.steps or not settings.steps) and not stopping:
         batch = tuple(part.to(device) for part in task.batch(run.step, settings.batch_size, settings.seed))
         model.train()
         with autocast(device):
@@ -76,6 +76,8 @@ def train(settings: TrainerSettings, task: Task, display: Display, stop: threadi
         loss_average.update(loss)
         run.step += 1
         display.step(run.step)
+        if settings.heartbeat:
+            settings.heartbeat.touch()
         # Read once a step, so that the step that ends the run is the one that is published and saved.
         stopping = stop.is_set()
         if stopping or run.step % settings.publish_every == 0 or run.step == settings.steps:
@@ -146,8 +148,13 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 
 def warmup_and_cosine(step: int, *, warmup: int, steps: int) -> float:
-    """A factor for the learning rate: rising linearly over `warmup` steps, then falling as a half cosine to 0."""
+    """A factor for the learning rate: rising linearly over `warmup` steps, then falling as a half cosine to 0.
+
+    Without an end (`steps` 0) it stays at its peak.
+    """
     if step < warmup:
         return (step + 1) / warmup
+    if not steps:
+        return 1.0
     progress = (step - warmup) / max(1, steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

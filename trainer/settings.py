@@ -16,7 +16,11 @@ class TrainerSettings(CommandSettings):
 
     store: str = Field(description="Directory of the store to publish to; it is made when it is not there.")
     task: str = Field("digits", description="What to train: `digits`, or a task of your own as `package.module:Class`.")
-    steps: int = Field(2000, ge=1, description="Optimizer steps to train for, in all.")
+    steps: int = Field(
+        2000,
+        ge=0,
+        description="Optimizer steps to train for, in all; 0 trains until stopped, at a constant learning rate.",
+    )
     publish_every: int = Field(100, ge=1, description="Steps from one published version to the next.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to train; `auto` takes CUDA when it is there, with bfloat16 autocast."
@@ -32,4 +36,7 @@ class TrainerSettings(CommandSettings):
     ema_decay: float = Field(0.995, ge=0, lt=1, description="Final decay of the average: it spans 1/(1−decay) steps.")
     ema_tau: float = Field(100, gt=0, description="Steps over which the decay ramps up.")
     keep: int = Field(10, ge=1, description="How many of the newest versions the store keeps.")
+    heartbeat: Path | None = Field(
+        None, description="File to touch at each step: `python -m trainer.health` looks at its age."
+    )
     threads: int = Field(0, ge=0, description="Threads that torch computes with on the CPU; 0 leaves it to torch.")

@@ -1,0 +1,28 @@
+"""`python -m trainer.health`: 0 when the last training step is not long ago. For health checks; imports next to nothing."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+_MAX_AGE_S = 60.0
+
+
+def main() -> int:
+    """Look at the age of the file that EMASWAP_HEARTBEAT names; 0 below EMASWAP_HEARTBEAT_MAX_AGE_S, 60 by default."""
+    heartbeat = os.environ.get("EMASWAP_HEARTBEAT")
+    if not heartbeat:
+        print("EMASWAP_HEARTBEAT does not name the file that the trainer touches at each step")
+        return 1
+    max_age_s = float(os.environ.get("EMASWAP_HEARTBEAT_MAX_AGE_S", _MAX_AGE_S))
+    try:
+        age_s = time.time() - Path(heartbeat).stat().st_mtime
+    except FileNotFoundError:
+        print("no step has been made yet")
+        return 1
+    print(f"the last step was {age_s:.1f} s ago")
+    return 0 if age_s <= max_age_s else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
