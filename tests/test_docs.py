@@ -106,7 +106,7 @@ def test_the_tree_has_every_file() -> None:
         for package in ("emaswap", "trainer", "service")
         for path in (ROOT / package).rglob("*.py")
     ]
-    assert sorted(named) == sorted([*there, Path("demo.py")])
+    assert sorted(named) == sorted([*there, Path("demo.py"), Path("compose.yaml")])
 
 
 def test_the_lines_for_a_loop_of_your_own_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
