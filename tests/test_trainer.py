@@ -370,7 +370,7 @@ def test_a_task_that_is_not_there_is_an_error(
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("--steps", "0"),
+        ("--steps", "-1"),
         ("--steps", "many"),
         ("--publish-every", "0"),
         ("--device", "gpu"),
