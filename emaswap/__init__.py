@@ -17,7 +17,16 @@ from emaswap.errors import (
 from emaswap.manifest import Architecture, Manifest, Pin
 from emaswap.publisher import Publisher
 from emaswap.release import __version__
-from emaswap.schedule import Constant, ExponentialRamp, Schedule
+from emaswap.schedule import (
+    Constant,
+    CountRamp,
+    ExponentialRamp,
+    InverseGamma,
+    PowerFunction,
+    Scaled,
+    Schedule,
+    make_schedule,
+)
 from emaswap.signature import Signature, TensorField
 from emaswap.store import DirectoryStore, Store, open_store
 
@@ -26,20 +35,24 @@ __all__ = [
     "Architecture",
     "BadVersion",
     "Constant",
+    "CountRamp",
     "DirectoryStore",
     "EmaError",
     "EmaswapError",
     "ExponentialRamp",
     "Fenced",
+    "InverseGamma",
     "Manifest",
     "Missing",
     "ModelEMA",
     "NotAFile",
     "Pin",
+    "PowerFunction",
     "PublishError",
     "Publisher",
     "ReadOnly",
     "Reason",
+    "Scaled",
     "Schedule",
     "Signature",
     "Store",
@@ -47,5 +60,6 @@ __all__ = [
     "TensorField",
     "TooLarge",
     "__version__",
+    "make_schedule",
     "open_store",
 ]

@@ -5,14 +5,16 @@ Knows modules and tensors, and nothing of stores, versions or training loops.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from emaswap.errors import EmaError
-from emaswap.schedule import ExponentialRamp, Schedule
+from emaswap.plan import Buffers, Plan
+from emaswap.schedule import ExponentialRamp, Schedule, from_description, span_decay
 
 Value = TypeVar("Value", float, Tensor)
 
@@ -68,9 +70,10 @@ class ModelEMA:
 
     A drop-in for the `ModelEMA` of YOLOv5: the same constructor, `ema`, `updates`, `decay`, `update` and `update_attr`.
 
-    - `ema` is a deep copy of the model, in eval mode, without gradients.
+    - `ema` is a deep copy of the model, in eval mode, without gradients; half precision is averaged in float32.
     - Floating-point parameters and buffers are averaged, in one fused pass; integer buffers are copied;
       tied tensors are averaged once.
+    - Weights that are not finite never enter the average: such an update is left out, and counted in `skipped`.
     - Wrappers (`DataParallel`, `DistributedDataParallel`, `torch.compile`) are seen through, on either side.
     - A model whose state does not match the average's raises `EmaError` rather than being skipped in silence.
     """
@@ -81,6 +84,15 @@ class ModelEMA:
         decay: float | Schedule = 0.9999,
         tau: float = 2000,
         updates: int = 0,
+        *,
+        update_every: int = 1,
+        buffers: Buffers = "average",
+        exclude: Iterable[str] = (),
+        profiles: Mapping[str, Schedule] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        factory: Callable[[], nn.Module] | None = None,
+        guard: bool = True,
     ) -> None:
         """Start the average at the model's present weights.
 
@@ -89,24 +101,113 @@ class ModelEMA:
             decay: the final decay of an exponential ramp, or any `Schedule`.
             tau: updates over which the ramp rises; it has no meaning beside a schedule of your own.
             updates: how many updates the average has already seen, when one goes on.
+            update_every: take the weights in at every so many updates only, with the product of their decays.
+            buffers: whether floating-point buffers (batch norm's statistics) are averaged or copied.
+            exclude: names that are copied instead of averaged, with wildcards: "head.*".
+            profiles: further averages of the same model by name, each with a schedule of its own, all made in one pass.
+            device: where the averages live; by default where the model does.
+            dtype: of the averages' floating-point state; by default the model's, and float32 for half precision.
+            factory: makes the module to average in, for a model that cannot be deep-copied.
+            guard: whether to look for weights that are not finite before they are taken in.
         """
-        self.ema = copy.deepcopy(unwrap(model)).eval()
-        self.ema.requires_grad_(False)
+        if update_every < 1:
+            raise EmaError(f"update_every is at least 1, got {update_every}")
+        model = unwrap(model)
+        self.ema = _average_of(model, device=device, dtype=dtype, factory=factory)
+        self.profiles = {name: copy.deepcopy(self.ema) for name in profiles or {}}
         self.updates = updates
         self.decay: Schedule = decay if callable(decay) else ExponentialRamp(decay, tau)
-        self._plan: _Plan | None = None
+        self.schedules = dict(profiles or {})
+        self.update_every = update_every
+        self.buffers: Buffers = buffers
+        self.exclude = tuple(exclude)
+        self.guard = guard
+        self._behind = 0
+        self._skipped = 0
+        self._skipped_on_device: Tensor | None = None
+        self._stepped: bool | None = None
+        self._swapped = False
+        self._plan: Plan | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module) -> bool:
         """Take the model's present weights into the average. Call it once an optimizer step.
+
+        Returns whether it did so: not between two intervals, when the weights are not finite, or when a followed
+        optimizer made no step. On CUDA the guard works on the device, without waiting: there, an update that it leaves
+        out is counted among `updates`, too.
 
         Raises `EmaError` when the model's state and the average's do not have the same names and shapes.
         """
-        model = unwrap(model)
-        if self._plan is None or not self._plan.holds(self.ema, model):
-            self._plan = _Plan(self.ema, model)
+        if self._swapped:
+            raise EmaError("update() inside swapped_into(): the model has the averaged weights there, not its own")
+        if self._stepped is False:
+            return False
+        plan = self._planned(unwrap(model))
+        self._stepped = None if self._stepped is None else False
+        if self._behind + 1 < self.update_every:
+            self.updates += 1
+            self._behind += 1
+            return False
+        found_inf = plan.found_inf() if self.guard and plan.weights() else None
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+            self._skipped += 1
+            return False
         self.updates += 1
-        self._plan.run(1 - self.decay(self.updates))
+        first = self.updates - self._behind
+        self._behind = 0
+        weights = [1 - span_decay(schedule, first, self.updates) for schedule in (self.decay, *self.schedules.values())]
+        if found_inf is None or found_inf.device.type == "cpu":
+            plan.run(weights)
+        else:
+            plan.run_unless(found_inf, weights)
+            self._skipped_on_device = (
+                found_inf if self._skipped_on_device is None else self._skipped_on_device + found_inf
+            )
+        return True
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on, `update` does nothing unless this optimizer made a step since the last one.
+
+        So neither the micro-batches of gradient accumulation nor a step that a `GradScaler` leaves out are counted.
+        """
+        self._stepped = False
+
+        def stepped(*_: object) -> None:
+            self._stepped = True
+
+        optimizer.register_step_post_hook(stepped)
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were left out because the weights were not finite. On CUDA, reading it waits for the device."""
+        return self._skipped + (0 if self._skipped_on_device is None else int(self._skipped_on_device.item()))
+
+    @contextmanager
+    def swapped_into(self, model: nn.Module, profile: str | None = None) -> Iterator[None]:
+        """Inside the block the model has the averaged weights; after it, whatever happens, its own again, bit for bit.
+
+        For evaluation in place: it takes one more copy of the weights. `profile` names another average than `ema`.
+        Raises `EmaError` when blocks are nested, or there is no such profile.
+        """
+        if self._swapped:
+            raise EmaError("swapped_into() inside swapped_into(): the model's own weights are put aside already")
+        names = [None, *self.profiles]
+        if profile not in names:
+            raise EmaError(f"no profile {profile!r}: there are {', '.join(self.profiles) or 'none'}")
+        pairs = self._planned(unwrap(model)).pairs(names.index(profile))
+        own = [weight.clone() for weight, _ in pairs]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for weight, average in pairs:
+                    weight.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
+                for (weight, _), before in zip(pairs, own, strict=True):
+                    weight.copy_(before)
+            self._swapped = False
 
     def update_attr(
         self,
@@ -114,7 +215,7 @@ class ModelEMA:
         include: Iterable[str] = (),
         exclude: Iterable[str] = ("process_group", "reducer"),
     ) -> None:
-        """Copy plain attributes (class names, strides, ...) from the model to the average.
+        """Copy plain attributes (class names, strides, ...) from the model to the averages.
 
         With `include`, just those; otherwise every public one that is not in `exclude`. The average's eval mode stays.
         """
@@ -122,105 +223,92 @@ class ModelEMA:
         for name, value in vars(unwrap(model)).items():
             if name.startswith("_") or name in unwanted or (wanted and name not in wanted):
                 continue
-            setattr(self.ema, name, value)
+            for module in (self.ema, *self.profiles.values()):
+                setattr(module, name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged state and the update count, to go on with later: see `load_state_dict`."""
-        return {"updates": self.updates, "ema": self.ema.state_dict()}
+        """The averaged states, the schedules and the counts, to go on with later: see `load_state_dict`."""
+        return {
+            "updates": self.updates,
+            "behind": self._behind,
+            "skipped": self.skipped,
+            "update_every": self.update_every,
+            "schedule": self.decay.describe(),
+            "ema": self.ema.state_dict(),
+            "profiles": {
+                name: {"schedule": self.schedules[name].describe(), "ema": module.state_dict()}
+                for name, module in self.profiles.items()
+            },
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; without the count, the ramp would start over and forget the average."""
+        """Go on exactly from what `state_dict` returned: without the count, a ramp would start over and forget the average.
+
+        The saved schedules are taken over, too. A schedule class of your own, which cannot be made by name, must be
+        given at construction as it was. Raises `EmaError` when it was not, or when the profiles are others.
+        """
+        profiles = state.get("profiles", {})
+        if profiles.keys() != self.profiles.keys():
+            raise EmaError(f"the state has the profiles {sorted(profiles)}, this average {sorted(self.profiles)}")
+        decay = _restored(self.decay, state.get("schedule"))
+        schedules = {name: _restored(self.schedules[name], saved["schedule"]) for name, saved in profiles.items()}
         self.ema.load_state_dict(state["ema"])
-        self.updates = state["updates"]
+        for name, saved in profiles.items():
+            self.profiles[name].load_state_dict(saved["ema"])
+        self.decay, self.schedules = decay, schedules
+        self.update_every = state.get("update_every", self.update_every)
+        self.updates, self._behind = state["updates"], state.get("behind", 0)
+        self._skipped, self._skipped_on_device = state.get("skipped", 0), None
 
     def __getstate__(self) -> dict[str, object]:
-        # The plan points into a live model; it is rebuilt at the next update.
-        return {**self.__dict__, "_plan": None}
+        # The plan points into a live model; it is rebuilt at the next update. A followed optimizer does not come along.
+        return {**self.__dict__, "_plan": None, "_stepped": None}
+
+    def _planned(self, model: nn.Module) -> Plan:
+        averages = [self.ema, *self.profiles.values()]
+        if self._plan is None or not self._plan.holds(averages, model):
+            self._plan = Plan(averages, model, buffers=self.buffers, exclude=self.exclude)
+        return self._plan
 
 
-class _Plan:
-    """Which tensor of the average follows which tensor of the model: worked out once, good until either side changes."""
-
-    def __init__(self, ema: nn.Module, model: nn.Module) -> None:
-        self._sources = _owners(ema), _owners(model)
-        averages, weights = (_by_name(owners) for owners in self._sources)
-        if problem := _difference(averages, weights):
-            raise EmaError(f"the model is not the one that is being averaged: {problem}")
-
-        done: set[int] = set()
-        self._fused: tuple[list[Tensor], list[Tensor]] = [], []
-        self._converted: list[tuple[Tensor, Tensor]] = []
-        self._copied: list[tuple[Tensor, Tensor]] = []
-        for name, average in averages.items():
-            if id(average) in done:
-                continue  # a tied tensor has several names and must decay once
-            done.add(id(average))
-            weight = weights[name]
-            if not (average.is_floating_point() or average.is_complex()):
-                self._copied.append((average, weight))
-            elif (average.dtype, average.device) != (weight.dtype, weight.device):
-                self._converted.append((average, weight))
-            else:
-                self._fused[0].append(average)
-                self._fused[1].append(weight)
-
-    def holds(self, ema: nn.Module, model: nn.Module) -> bool:
-        """Whether both modules still hold the very tensors this plan was made for."""
-        return all(
-            len(was) == len(now) and all(map(_Owner.is_still, was, now))
-            for was, now in zip(self._sources, (_owners(ema), _owners(model)), strict=True)
-        )
-
-    def run(self, weight: float) -> None:
-        """average ← average + weight·(model − average), and the integer buffers as they are."""
-        if self._fused[0]:
-            torch._foreach_lerp_(*self._fused, weight)
-        for average, now in self._converted:
-            average.lerp_(now.to(average), weight)
-        for average, now in self._copied:
-            average.copy_(now)
+def _average_of(
+    model: nn.Module,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    factory: Callable[[], nn.Module] | None,
+) -> nn.Module:
+    """A module like the model, with its present state, to average in."""
+    if factory is None:
+        try:
+            average = copy.deepcopy(model)
+        except Exception as error:  # whatever keeps a module from being copied, the way out is the same
+            raise EmaError(
+                f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}): "
+                "give ModelEMA(..., factory=...) that makes another one"
+            ) from error
+    else:
+        average = unwrap(factory())
+        average.load_state_dict({name: tensor.detach() for name, tensor in model.state_dict().items()})
+    average.eval().requires_grad_(False)
+    average._apply(lambda tensor: tensor.to(device, _averaged_dtype(tensor, dtype)))  # type: ignore[no-untyped-call]
+    return average
 
 
-class _Owner(NamedTuple):
-    """A tensor under one of its names, and what `module.to(...)` changes without making another parameter of it."""
-
-    name: str
-    tensor: Tensor
-    kind: tuple[torch.dtype, torch.device, torch.Size]
-
-    def is_still(self, now: "_Owner") -> bool:
-        return self.tensor is now.tensor and self.kind == now.kind
+def _averaged_dtype(tensor: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """float32 for half precision: at a decay of 0.9999, bfloat16 has too few digits to move at all."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return wanted or (torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype)
 
 
-def _owners(module: nn.Module) -> list[_Owner]:
-    """Every tensor of the module's state under each of its names; non-persistent buffers are no state."""
-    return [
-        _Owner(f"{prefix}.{name}" if prefix else name, tensor, (tensor.dtype, tensor.device, tensor.shape))
-        for prefix, child in module.named_modules(remove_duplicate=False)
-        for held, skipped in ((child._parameters, ()), (child._buffers, child._non_persistent_buffers_set))
-        for name, tensor in held.items()
-        if tensor is not None and name not in skipped
-    ]
-
-
-def _by_name(owners: list[_Owner]) -> dict[str, Tensor]:
-    return {owner.name.replace("_orig_mod.", ""): owner.tensor for owner in owners}
-
-
-def _difference(averages: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """What keeps two states from matching, in words; empty when they match."""
-    problems = {
-        "only in the average": sorted(averages.keys() - weights.keys()),
-        "only in the model": sorted(weights.keys() - averages.keys()),
-        "of another shape": [
-            f"{name} {list(weights[name].shape)}, averaged as {list(average.shape)}"
-            for name, average in averages.items()
-            if name in weights and weights[name].shape != average.shape
-        ],
-    }
-    return "; ".join(
-        f"{what}: {', '.join(names[:5])}{' ...' if names[5:] else ''}" for what, names in problems.items() if names
-    )
+def _restored(schedule: Schedule, description: Mapping[str, Any] | None) -> Schedule:
+    if description is None or description == schedule.describe():
+        return schedule
+    try:
+        return from_description(description)
+    except EmaError as error:
+        raise EmaError(f"the state's schedule is {dict(description)}, this average's {schedule.describe()}") from error
 
 
 def unwrap(model: nn.Module) -> nn.Module:
