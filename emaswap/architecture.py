@@ -58,7 +58,7 @@ def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEF
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a module's parameters and persistent buffers.
+    """Copy tensors into a module's parameters and persistent buffers; half precision is widened to the module's own.
 
     Raises `BadVersion` naming every tensor that is missing, unexpected, or of another shape or dtype.
     """
@@ -78,7 +78,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         Reason.WRONG_DTYPE: [
             f"{name} (expected {dtype_name(own[name].dtype)}, got {dtype_name(tensors[name].dtype)})"
             for name in sorted(common)
-            if own[name].dtype != tensors[name].dtype
+            if not _holds(own[name].dtype, tensors[name].dtype)
         ],
     }
     if found := {reason: names for reason, names in problems.items() if names}:
@@ -87,6 +87,14 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+def _holds(own: torch.dtype, given: torch.dtype) -> bool:
+    """Whether a tensor can be copied without losing anything that was published."""
+    return own == given or (own in _WIDE and given in _NARROW)
+
+
+_WIDE, _NARROW = (torch.float32, torch.float64), (torch.float16, torch.bfloat16)
 
 
 def _few(names: list[str]) -> str:

@@ -158,10 +158,11 @@ def _problem(store: Store, version: int, trusted: tuple[str, ...]) -> str:
     """What is wrong with a version; empty when nothing is."""
     device = torch.device("cpu")
     try:
-        manifest = store.manifest(version)
-        fetched = proof.fetch(store, manifest)
-        module = proof.verify(manifest, fetched, trusted=trusted, device=device)
-        proof.replay(manifest, fetched, module, device=device)
+        whole = store.manifest(version)
+        for manifest in (whole, *map(whole.of_variant, whole.variants)):
+            fetched = proof.fetch(store, manifest)
+            module = proof.verify(manifest, fetched, trusted=trusted, device=device)
+            proof.replay(manifest, fetched, module, device=device)
     except (BadVersion, Missing) as error:
         return str(error)
     return ""

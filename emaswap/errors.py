@@ -49,6 +49,7 @@ class Reason(StrEnum):
     MANIFEST_INVALID = "manifest_invalid"
     FORMAT_UNKNOWN = "format_unknown"
     STALE_TERM = "stale_term"
+    VARIANT_MISSING = "variant_missing"
     FILE_MISSING = "file_missing"
     NOT_A_FILE = "not_a_file"
     SIZE_MISMATCH = "size_mismatch"

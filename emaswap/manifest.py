@@ -22,6 +22,7 @@ MAX_MANIFEST_BYTES = 16 << 20
 Version = Annotated[int, Field(ge=1, le=10**15)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Size = Annotated[int, Field(ge=0, le=1 << 48)]
+VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 def _finite_or_none(value: float | None) -> float | None:
@@ -99,6 +100,14 @@ class ProbeInfo(_Frozen):
     atol: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class Variant(_Frozen):
+    """Another average of the same model at the same step (a profile): its weights, how it came about, its probe."""
+
+    weights: WeightsInfo
+    ema: EmaInfo
+    probe: ProbeInfo
+
+
 class Manifest(_Frozen):
     """One version. `term` and `run` name its publisher's turn at the store, `parent` is the manifest before it."""
 
@@ -116,6 +125,17 @@ class Manifest(_Frozen):
     ema: EmaInfo = EmaInfo()
     training: TrainingInfo = TrainingInfo()
     probe: ProbeInfo
+    variants: dict[VariantName, Variant] = {}
+
+    def of_variant(self, name: str | None) -> "Manifest":
+        """This version with the weights of the named variant; `None` is the version as it is. `BadVersion` if it has none."""
+        if name is None:
+            return self
+        variant = self.variants.get(name)
+        if variant is None:
+            there = ", ".join(self.variants) or "none"
+            raise BadVersion(Reason.VARIANT_MISSING, f"it has no variant {name!r}; its variants: {there}")
+        return self.model_copy(update=dict(variant) | {"variants": {}})
 
     def encode(self) -> bytes:
         """The bytes to store: JSON, for people to read, too."""

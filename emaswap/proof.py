@@ -14,7 +14,7 @@ from emaswap.errors import BadVersion, Reason
 from emaswap.manifest import Manifest
 from emaswap.probe import Probe, tolerances
 from emaswap.store import Store
-from emaswap.weights import Blob, dtype_name, not_finite
+from emaswap.weights import Blob, dtype_name, named_tensors, not_finite
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,6 @@ def verify(manifest: Manifest, fetched: Fetched, *, trusted: Iterable[str], devi
 def replay(manifest: Manifest, fetched: Fetched, module: nn.Module, *, device: torch.device) -> dict[str, Tensor]:
     """The module's answers to the probe. Raises `BadVersion` when they are not those recorded at publishing."""
     outputs = fetched.probe.replay(module, manifest.signature)
-    rtol, atol = tolerances(fetched.weights, device)
+    rtol, atol = tolerances(named_tensors(module), device)
     fetched.probe.compare(outputs, rtol=max(rtol, manifest.probe.rtol), atol=max(atol, manifest.probe.atol))
     return outputs

@@ -4,13 +4,11 @@
 committing happen on a thread of its own. When that thread is busy, the newest snapshot waits and older ones give way.
 """
 
-import copy
 import logging
 import random
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +20,14 @@ from torch import nn
 
 from emaswap import architecture as architectures
 from emaswap.digest import Algorithm
-from emaswap.ema import ModelEMA, unwrap
+from emaswap.ema import ModelEMA
 from emaswap.errors import BadVersion, EmaswapError, Fenced, PublishError
-from emaswap.manifest import Architecture, EmaInfo, Manifest, ProbeInfo, TensorInfo, TrainingInfo, WeightsInfo
+from emaswap.manifest import Architecture, Manifest, ProbeInfo, TensorInfo, TrainingInfo, Variant, WeightsInfo
+from emaswap.priority import give_way
 from emaswap.probe import Probe, tolerances
 from emaswap.retention import Retention
-from emaswap.schedule import window
 from emaswap.signature import Inputs, Signature
+from emaswap.snapshot import MAIN, Layout, Snapshot, Staging, layout_of
 from emaswap.store import Store, open_store
 from emaswap.term import Term
 from emaswap.weights import dtype_name, named_tensors, not_finite
@@ -50,6 +49,8 @@ class Publisher:
         keep: int = 10,
         grace_s: float = 60.0,
         algorithm: Algorithm = "blake3",
+        dtype: torch.dtype | None = None,
+        calibrate: Callable[[nn.Module], object] | None = None,
         on_publish: Callable[[Manifest], None] | None = None,
     ) -> None:
         """Take the next term at the store.
@@ -64,6 +65,10 @@ class Publisher:
             keep: how many of the newest versions retention keeps.
             grace_s: the age in seconds below which retention keeps every version.
             algorithm: the digest's algorithm.
+            dtype: what floating-point parameters are rounded to in the store, such as `torch.bfloat16`: half the bytes.
+                Services compute in the module's own precision; buffers, and the average itself, are not rounded.
+            calibrate: called on the publisher's thread with each private copy before its probe is recorded, for what
+                the average needs before it is used: `functools.partial(recalibrate, batches=...)` for batch norm.
             on_publish: called with each committed manifest, on the publisher's thread.
 
         Raises:
@@ -81,10 +86,12 @@ class Publisher:
         # What a service will build, to compare with what is published. It is built here and not in the background,
         # where it would draw from the random numbers that training goes on with.
         self._candidate: nn.Module | None = self._build()
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._probe_inputs = _copied(probe)
         self._signature = signature
         self._algorithm = algorithm
+        self._dtype = dtype
+        self._calibrate = calibrate
         self._on_publish = on_publish
         self._term = Term(self.store, model)
         self._model = model
@@ -92,18 +99,19 @@ class Publisher:
         self._retention.clean()
 
         self._lock = threading.Lock()
-        self._pending: _Snapshot | None = None
-        self._spare: list[_Snapshot] = []
+        self._pending: Snapshot | None = None
+        self._spare: list[Snapshot] = []
+        self._staging = Staging()
         self._error: EmaswapError | None = None
         self._working: Future[None] | None = None
         # An executor's thread finishes its work when the interpreter exits, even if nobody calls close().
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="emaswap-publisher")
+        self._executor = ThreadPoolExecutor(1, "emaswap-publisher", initializer=give_way)
 
     def publish(self, ema: ModelEMA | nn.Module, *, step: int = 0, metrics: Mapping[str, float] | None = None) -> None:
         """Snapshot the weights and return; they become the next version in the background.
 
         Args:
-            ema: the average (or a plain module) to publish.
+            ema: the average (or a plain module) to publish; its profiles become the version's variants.
             step: the optimizer step that training is at.
             metrics: figures to keep with the version, such as raw and EMA accuracy.
 
@@ -114,8 +122,8 @@ class Publisher:
         if isinstance(self._error, Fenced):
             raise self._error
         with self._lock:
-            snapshot = self._pending or (self._spare.pop() if self._spare else _Snapshot())
-            snapshot.take(ema, TrainingInfo(step=step, metrics=dict(metrics or {})))
+            snapshot = self._pending or (self._spare.pop() if self._spare else Snapshot())
+            snapshot.take(ema, TrainingInfo(step=step, metrics=dict(metrics or {})), self._staging)
             self._pending = snapshot
             if self._working is None:
                 try:
@@ -183,23 +191,12 @@ class Publisher:
         self._error = PublishError(message)
         self._error.__cause__ = cause
 
-    def _write(self, snapshot: "_Snapshot") -> Manifest:
-        module = snapshot.module
-        tensors = named_tensors(module)
-        if bad := not_finite(tensors):
-            raise PublishError(
-                f"weights that are not finite would be rejected: {', '.join(bad[:5])} (for a mask of infinities, "
-                "register_buffer(..., persistent=False))"
-            )
-        if self._signature is None:
-            self._signature = Signature.infer(module, self._probe_inputs)
+    def _write(self, snapshot: Snapshot) -> Manifest:
+        snapshot.wait()
+        parts = {name: self._add(name, snapshot) for name in snapshot.modules}
+        main = parts.pop(MAIN)
+        assert self._signature is not None
         signature = self._signature
-        probe = Probe.record(module, signature, self._probe_inputs)
-        rtol, atol = tolerances(tensors, torch.device("cpu"))
-        self._prove(module, probe, signature)
-
-        weights = self.store.add_tensors("weights", tensors, self._algorithm)
-        recorded = self.store.add_tensors("probes", probe.to_tensors(), self._algorithm)
         manifest = self._term.commit(
             lambda place: Manifest(
                 model=self._model,
@@ -208,24 +205,55 @@ class Publisher:
                 run=place.run,
                 parent=place.parent,
                 created_at=datetime.now(UTC),
-                weights=WeightsInfo(
-                    digest=weights.digest,
-                    size=weights.size,
-                    tensors={
-                        name: TensorInfo(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
-                        for name, tensor in tensors.items()
-                    },
-                ),
+                weights=main.weights,
                 architecture=self._architecture,
                 signature=signature,
-                ema=snapshot.ema,
+                ema=main.ema,
                 training=snapshot.training,
-                probe=ProbeInfo(digest=recorded.digest, size=recorded.size, rtol=rtol, atol=atol),
+                probe=main.probe,
+                variants=parts,
             )
         )
         log.info("published version %d (step %d)", manifest.version, manifest.training.step)
         self._prune()
         return manifest
+
+    @torch.no_grad()
+    def _add(self, name: str, snapshot: Snapshot) -> Variant:
+        """Prove one of a snapshot's modules right, and put its weights and its probe into the store."""
+        module = snapshot.modules[name]
+        if self._calibrate is not None:
+            self._calibrate(module)
+        narrowed = {key: value.to(self._dtype) for key, value in _wider(module, self._dtype).items()}
+        tensors = named_tensors(module)
+        for key, value in narrowed.items():
+            tensors[key].copy_(value)  # what is recorded and proven below are the answers of the rounded weights
+        if bad := not_finite(tensors):
+            raise PublishError(
+                f"weights that are not finite would be rejected: {', '.join(bad[:5])} (for a mask of infinities, "
+                "register_buffer(..., persistent=False))"
+            )
+        if self._signature is None:
+            self._signature = Signature.infer(module, self._probe_inputs)
+        probe = Probe.record(module, self._signature, self._probe_inputs)
+        rtol, atol = tolerances(tensors, torch.device("cpu"))
+        self._prove(module, probe, self._signature)
+
+        stored = tensors | narrowed
+        weights = self.store.add_tensors("weights", stored, self._algorithm)
+        recorded = self.store.add_tensors("probes", probe.to_tensors(), self._algorithm)
+        return Variant(
+            weights=WeightsInfo(
+                digest=weights.digest,
+                size=weights.size,
+                tensors={
+                    key: TensorInfo(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+                    for key, tensor in stored.items()
+                },
+            ),
+            ema=snapshot.infos[name],
+            probe=ProbeInfo(digest=recorded.digest, size=recorded.size, rtol=rtol, atol=atol),
+        )
 
     def _build(self) -> nn.Module:
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
@@ -240,7 +268,7 @@ class Publisher:
 
     def _prove(self, module: nn.Module, probe: Probe, signature: Signature) -> None:
         """Do once what every service will do, so that a wrong factory shows here and not in front of users."""
-        layout = _layout_of(module)
+        layout = layout_of(module)
         if self._candidate is None:
             if layout != self._layout:
                 raise PublishError("it is not a module like the ones published before: make a publisher of its own")
@@ -263,37 +291,6 @@ class Publisher:
             log.warning("old versions were not pruned: %s", error)
 
 
-@dataclass
-class _Snapshot:
-    """A private copy of a module on the CPU, used again and again so that a snapshot costs one copy of the weights."""
-
-    module: nn.Module = None  # type: ignore[assignment]
-    ema: EmaInfo = field(default_factory=EmaInfo)
-    training: TrainingInfo = field(default_factory=TrainingInfo)
-
-    @torch.no_grad()
-    def take(self, ema: ModelEMA | nn.Module, training: TrainingInfo) -> None:
-        source = ema.ema if isinstance(ema, ModelEMA) else unwrap(ema)
-        if self.module is None or _layout_of(self.module) != _layout_of(source):
-            self.module = copy.deepcopy(source).cpu().eval()
-        elif mine := _state(self.module):
-            torch._foreach_copy_(mine, _state(source))
-        self.training = training
-        self.ema = _describe(ema) if isinstance(ema, ModelEMA) else EmaInfo()
-
-
-def _state(module: nn.Module) -> list[torch.Tensor]:
-    # Non-persistent buffers, too: they are no part of the weights, but the probe's answers depend on them.
-    return [*module.parameters(), *module.buffers()]
-
-
-_Layout = tuple[type[nn.Module], list[tuple[torch.Size, torch.dtype]]]
-
-
-def _layout_of(module: nn.Module) -> _Layout:
-    return type(module), [(tensor.shape, tensor.dtype) for tensor in _state(module)]
-
-
 def _copied(inputs: Inputs) -> Inputs:
     """Copies on the CPU: the caller's own may change, or be where the snapshots are not."""
     if isinstance(inputs, torch.Tensor):
@@ -301,14 +298,13 @@ def _copied(inputs: Inputs) -> Inputs:
     return {name: value.detach().cpu().clone() for name, value in inputs.items()}
 
 
-def _describe(ema: ModelEMA) -> EmaInfo:
-    decay = ema.decay(ema.updates)
-    averaged = next((tensor for tensor in ema.ema.state_dict().values() if tensor.is_floating_point()), None)
-    return EmaInfo.model_validate(
-        {
-            **ema.decay.describe(),
-            "updates": ema.updates,
-            "window": window(decay),
-            "dtype": dtype_name(averaged.dtype) if averaged is not None else "none",
-        }
-    )
+def _wider(module: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The module's floating-point parameters that take more bytes than this dtype; buffers are small, and stay."""
+    if dtype is None:
+        return {}
+    names = {name.replace("_orig_mod.", "") for name, _ in module.named_parameters()}
+    return {
+        name: tensor
+        for name, tensor in named_tensors(module).items()
+        if name in names and tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize
+    }

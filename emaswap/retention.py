@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from emaswap.errors import BadVersion, EmaswapError, Missing
-from emaswap.manifest import Manifest
+from emaswap.manifest import Manifest, Variant
 from emaswap.store import Store
 from emaswap.store.base import Kind, manifest_key, tensors_key
 
@@ -108,5 +108,7 @@ class Retention:
 
 
 def _facts(manifest: Manifest) -> Facts:
-    keys = {tensors_key("weights", manifest.weights.digest), tensors_key("probes", manifest.probe.digest)}
-    return Facts(manifest.term, frozenset(keys))
+    parts: list[Manifest | Variant] = [manifest, *manifest.variants.values()]
+    weights = (tensors_key("weights", part.weights.digest) for part in parts)
+    probes = (tensors_key("probes", part.probe.digest) for part in parts)
+    return Facts(manifest.term, frozenset((*weights, *probes)))

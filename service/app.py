@@ -63,7 +63,12 @@ class Service:
             max_waiting=settings.max_waiting,
             max_waiting_bytes=settings.max_waiting_bytes,
         )
-        loader = Loader(open_store(settings.store), trusted=settings.trusted, device=pick_device(settings.device))
+        loader = Loader(
+            open_store(settings.store),
+            trusted=settings.trusted,
+            device=pick_device(settings.device),
+            variant=settings.variant,
+        )
         self.watcher = Watcher(self.slot, loader, self.history, self.metrics, poll_s=settings.poll_s)
         self.admin = Admin(self.watcher, self.history, read_token(settings.admin_token_file))
         self.predict = Predict(

@@ -16,8 +16,9 @@ from service.servable import Servable
 class Loader:
     """Loads versions from one store, for one device, from trusted factories."""
 
-    def __init__(self, store: Store, *, trusted: Sequence[str], device: torch.device) -> None:
+    def __init__(self, store: Store, *, trusted: Sequence[str], device: torch.device, variant: str | None = None) -> None:
         self.store = store
+        self.variant = variant
         self.trusted = tuple(trusted)
         self.device = device
 
@@ -52,6 +53,7 @@ class Loader:
                 timings_s[str(state)] = round(time.perf_counter() - began, 6)
 
         with stage(State.FETCHING):
+            manifest = manifest.of_variant(self.variant)
             fetched = proof.fetch(self.store, manifest)
         with stage(State.VERIFYING):
             module = proof.verify(manifest, fetched, trusted=self.trusted, device=self.device)

@@ -16,6 +16,9 @@ class ServiceSettings(CommandSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m service")
 
     store: str = Field(description="Directory of the store to follow; it need not be there yet.")
+    variant: str | None = Field(
+        None, description="Which of a version's averages to serve, by the name of its profile; by default the main one."
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one, which the log names.")
     trust: Annotated[tuple[str, ...], NoDecode] = Field(

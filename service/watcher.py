@@ -5,9 +5,7 @@ Everything that blocks (the store, loading, warming) runs on one thread of low p
 
 import asyncio
 import contextlib
-import os
 import random
-import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ import structlog
 from watchfiles import awatch
 
 from emaswap import BadVersion, Manifest, Missing, Pin, Reason, StoreError
+from emaswap.priority import give_way
 from emaswap.store.base import manifest_key
 from service.lifecycle import History, State
 from service.loader import Loader
@@ -61,7 +60,7 @@ class Watcher:
         self._terms: dict[int, int] = {}
         self._look = asyncio.Lock()
         self._changed = asyncio.Event()
-        self._executor = ThreadPoolExecutor(1, "emaswap-loader", initializer=_lower_priority)
+        self._executor = ThreadPoolExecutor(1, "emaswap-loader", initializer=give_way)
 
     async def run(self) -> None:
         """Follow the store until cancelled."""
@@ -236,9 +235,3 @@ class Watcher:
         live = self.slot.current
         if live is None or live.version != version:  # a version can be live again by then
             self.history.enter(version, State.RETIRED)
-
-
-def _lower_priority() -> None:
-    """Let requests go first where the kernel knows threads' priorities (Linux does, and only it)."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -253,9 +253,9 @@ def bent(**changes: Tensor | None) -> dict[str, Tensor]:
             id="as many numbers in another shape",
         ),
         pytest.param(
-            bent(steps=torch.ones(()), norm__bias=torch.ones(6).half()),
+            bent(steps=torch.ones(()), norm__bias=torch.ones(6).double()),
             Reason.WRONG_DTYPE,
-            ["steps (expected int64, got float32)", "norm.bias (expected float32, got float16)"],
+            ["steps (expected int64, got float32)", "norm.bias (expected float32, got float64)"],
             id="two of another dtype",
         ),
         pytest.param({}, Reason.MISSING_TENSOR, ["encode.weight", "steps"], id="none at all"),
