@@ -4,9 +4,11 @@ Knows tensors, and nothing of schedules or of counting.
 """
 
 import cmath
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +37,28 @@ class Plan:
 
         exclude = tuple(exclude)
         unaveraged = _buffer_names(model) if buffers == "copy" else set()
+        copied = {
+            _memory(average)
+            for name, average in averaged[0].items()
+            if name in unaveraged or any(fnmatchcase(name, pattern) for pattern in exclude)
+        }
         self._fused: list[Tensor] = []
         self._fused_averages: list[list[Tensor]] = [[] for _ in averages]
         self._converted: list[tuple[Tensor, list[Tensor]]] = []
         self._copied: list[tuple[Tensor, list[Tensor]]] = []
         self._sharded = False
-        done: set[int] = set()
+        done: dict[object, object] = {}
         for name, average in averaged[0].items():
-            if id(average) in done:
-                continue  # a tied tensor has several names and must decay once
-            done.add(id(average))
+            memory = _memory(average)
+            if memory in done:  # a tied tensor has several names and must decay once
+                if done[memory] != _memory(weights[name]):
+                    raise EmaError(f"the model is not the one that is being averaged: tied only in the average: {name}")
+                continue
+            done[memory] = _memory(weights[name])
             self._sharded |= hasattr(average, "_local_tensor")
             weight, followers = _local(weights[name]), [_local(each[name]) for each in averaged]
             is_number = average.is_floating_point() or average.is_complex()
-            if not is_number or name in unaveraged or any(fnmatchcase(name, pattern) for pattern in exclude):
+            if not is_number or memory in copied:
                 self._copied.append((weight, followers))
             elif any((each.dtype, each.device) != (weight.dtype, weight.device) for each in followers):
                 self._converted.append((weight, followers))
@@ -61,6 +71,7 @@ class Plan:
         cut = len(averages) > 1 and on_cpu
         whole = [(self._fused, self._fused_averages)] if self._fused else []
         self._parts = _slices(self._fused, self._fused_averages) if cut else whole
+        self._groups, self._odd = _groups(self._fused, self._fused_averages)
 
     def holds(self, averages: Sequence[nn.Module], model: nn.Module) -> bool:
         """Whether all modules still hold the very tensors this plan was made for."""
@@ -75,14 +86,20 @@ class Plan:
         others = [(weight, followers[index]) for weight, followers in self._converted + self._copied]
         return [*zip(self._fused, self._fused_averages[index], strict=True), *others]
 
+    def put_back(self) -> None:
+        """Give the model the very tensors again, and in the memory, that it had when this plan was made."""
+        self._held[-1].put_back()
+
     def found_inf(self) -> Tensor:
         """[1.0] where a weight is not finite, else [0.0]. On CUDA nobody waits for it: it is for `run_unless`."""
         weights = self.weights()
         if all(weight.device.type == "cpu" for weight in weights):
             flag = torch.tensor([float(not all(map(_is_finite, weights)))])
         else:
-            norms = [norm.to(weights[0].device) for norm in torch._foreach_norm(weights, float("inf"))]
-            flag = (~torch.isfinite(torch.stack(norms)).all()).float().reshape(1)
+            device = weights[0].device
+            filled = [weight for weight in weights if weight.numel()]  # an empty one has no norm
+            norms = [norm.to(device) for norm in torch._foreach_norm(filled, float("inf"))] if filled else []
+            flag = (~torch.isfinite(torch.stack([torch.zeros((), device=device), *norms])).all()).float().reshape(1)
         if self._sharded:
             # One process's part decides for all, or their averages would no longer belong together.
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
@@ -92,10 +109,13 @@ class Plan:
         """average ← average + weight·(model − average) for each average, and what is not averaged as it is."""
         for model_part, average_parts in self._parts:
             for averages, weight in zip(average_parts, weights, strict=True):
-                torch._foreach_lerp_(averages, model_part, weight)
+                if weight == 1:  # an exact copy: from NaN, or over too far a way, a lerp does not arrive
+                    torch._foreach_copy_(averages, model_part)
+                else:
+                    torch._foreach_lerp_(averages, model_part, weight)
         for now, followers in self._converted:
             for average, weight in zip(followers, weights, strict=True):
-                average.lerp_(now.to(average), weight)
+                average.copy_(now) if weight == 1 else average.lerp_(now.to(average), weight)
         for now, followers in self._copied:
             for average in followers:
                 average.copy_(now)
@@ -103,18 +123,20 @@ class Plan:
     def run_unless(self, found_inf: Tensor, weights: Sequence[float]) -> None:
         """`run`, or nothing where the flag says so: it is read on the device, and no host waits for it."""
         for index, weight in enumerate(weights):
-            pairs = [(now, followers[index]) for now, followers in self._converted]
-            averages = self._fused_averages[index]
-            if weight < 0.5 and averages and not any(average.is_complex() for average in averages):
-                # A step of SGD with weight decay 1 towards the model is this very lerp, and its kernel minds the flag.
-                torch._fused_sgd_(
-                    averages, self._fused, [], weight_decay=1.0, momentum=0.0, lr=weight, dampening=0.0,
-                    nesterov=False, maximize=True, is_first_step=False, grad_scale=None, found_inf=found_inf,
-                )  # fmt: skip
-            else:
-                pairs += zip(self._fused, averages, strict=True)
+            pairs = [(now, followers[index]) for now, followers in self._converted + self._odd]
+            for group, columns in self._groups:
+                averages = columns[index]
+                if weight < 0.5:
+                    # A step of SGD with weight decay 1 towards the model is this very lerp, and its kernel minds the flag.
+                    torch._fused_sgd_(
+                        averages, group, [], weight_decay=1.0, momentum=0.0, lr=weight, dampening=0.0, nesterov=False,
+                        maximize=True, is_first_step=False, grad_scale=None, found_inf=found_inf.to(group[0].device),
+                    )  # fmt: skip
+                else:
+                    pairs += zip(group, averages, strict=True)
             for now, average in pairs:
-                _set_unless(found_inf, average, average.lerp(now.to(average), weight))
+                value = now.to(average)
+                _set_unless(found_inf, average, value if weight == 1 else average.lerp(value, weight))
         for now, followers in self._copied:
             for average in followers:
                 _set_unless(found_inf, average, now.to(average))
@@ -123,49 +145,71 @@ class Plan:
 class _Held:
     """The tensors of a module's state where they hang, so that a look tells whether they are still the same.
 
-    The look is made at every update, beside which it must cost nothing: it walks plain dictionaries.
+    The look is made at every update, beside which it must cost next to nothing: it goes through plain dictionaries,
+    in loops that the interpreter runs in C.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._children: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] = []
-        self._tensors: list[tuple[dict[str, Tensor | None], int]] = []
-        self._entries: list[tuple[dict[str, Tensor | None], str, Tensor, torch.dtype, Callable[[], int], int]] = []
+        self._children: list[dict[str, Any]] = []
+        self._folders: list[dict[str, Any]] = []
+        self._children: list[dict[str, Any]] = []
+        self._places: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._tensors: list[Tensor] = []
         self._names: list[str] = []
         for prefix, child in module.named_modules(remove_duplicate=False):
-            self._children.append((child._modules, list(child._modules.values())))
+            self._children.append(child._modules)
+            self._folders += (child._parameters, child._buffers)
             # Non-persistent buffers are no state.
             for held, skipped in ((child._parameters, ()), (child._buffers, child._non_persistent_buffers_set)):
-                self._tensors.append((held, len(held)))
-                for name, tensor in held.items():
-                    if tensor is not None and name not in skipped:
-                        self._names.append(f"{prefix}.{name}" if prefix else name)
-                        # `module.to(...)` and `parameter.data = ...` keep the parameter and change what is in it.
-                        address = getattr(tensor, "_local_tensor", tensor).data_ptr
-                        self._entries.append((held, name, tensor, tensor.dtype, address, address()))
+                for key, tensor in held.items():
+                    if tensor is not None and key not in skipped:
+                        self._places.append(held)
+                        self._keys.append(key)
+                        self._tensors.append(tensor)
+                        self._names.append(f"{prefix}.{key}" if prefix else key)
+        self._locals = [getattr(tensor, "_local_tensor", tensor) for tensor in self._tensors]
+        self._memories = [tensor.detach() for tensor in self._locals]
+        self._seen = self._look()
 
     def state(self) -> dict[str, Tensor]:
         """The state under its names, without what `torch.compile` puts into them."""
-        tensors = (entry[2] for entry in self._entries)
-        return {name.replace("_orig_mod.", ""): tensor for name, tensor in zip(self._names, tensors, strict=True)}
+        names = (name.replace("_orig_mod.", "") for name in self._names)
+        return dict(zip(names, self._tensors, strict=True))
+
+    def put_back(self) -> None:
+        """Undo what was exchanged, converted or moved since."""
+        for place, key, tensor, memory in zip(self._places, self._keys, self._tensors, self._memories, strict=True):
+            place[key] = tensor
+            if (tensor.dtype, _local(tensor).data_ptr()) != (memory.dtype, memory.data_ptr()):
+                tensor.data = memory
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether this is that module's state, and nothing in it was exchanged, converted or moved."""
         return (
             module is self._module
-            and all(list(held.values()) == children for held, children in self._children)
-            and all(len(held) == count for held, count in self._tensors)
-            and all(
-                held.get(name) is tensor and tensor.dtype is dtype and address() == at
-                for held, name, tensor, dtype, address, at in self._entries
-            )
+            and all(map(is_, map(dict.get, self._places, self._keys), self._tensors))
+            and self._look() == self._seen
         )
+
+    def _look(self) -> tuple[list[int], list[torch.dtype], list[int], list[nn.Module | None]]:
+        # `module.to(...)` and `parameter.data = ...` keep the parameter and change what is in it.
+        addresses = list(map(methodcaller("data_ptr"), self._locals))
+        children = list(chain.from_iterable(map(dict.values, self._children)))
+        return addresses, list(map(attrgetter("dtype"), self._locals)), list(map(len, self._folders)), children
 
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (a `DTensor`, as FSDP2 makes them); any other as it is."""
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
     return local.detach()
+
+
+def _memory(tensor: Tensor) -> object:
+    """The same for tensors that are one, be it under several objects."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return (local.data_ptr(), local.dtype, local.shape, local.stride()) if local.numel() else id(tensor)
 
 
 def _buffer_names(model: nn.Module) -> set[str]:
@@ -182,6 +226,13 @@ def _difference(averages: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
             for name, average in averages.items()
             if name in weights and weights[name].shape != average.shape
         ],
+        "sharded otherwise": [
+            f"{name} {list(_local(weights[name]).shape)}, averaged as {list(_local(average).shape)}"
+            for name, average in averages.items()
+            if name in weights
+            and weights[name].shape == average.shape
+            and _local(weights[name]).shape != _local(average).shape
+        ],
     }
     return "; ".join(
         f"{what}: {', '.join(names[:5])}{' ...' if names[5:] else ''}" for what, names in problems.items() if names
@@ -195,7 +246,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _set_unless(flag: Tensor, average: Tensor, value: Tensor) -> None:
-    average.copy_(torch.where(flag.to(average.device, non_blocking=True).bool(), average, value))
+    # Not to the CPU without waiting: it would be read there before it has arrived.
+    average.copy_(torch.where(flag.to(average.device).reshape(()).bool(), average, value))
 
 
 _Slice = tuple[list[Tensor], list[list[Tensor]]]
@@ -204,10 +256,10 @@ _Slice = tuple[list[Tensor], list[list[Tensor]]]
 def _slices(weights: list[Tensor], averages: list[list[Tensor]]) -> list[_Slice]:
     """The same tensors in groups of about `_SLICE` numbers; larger ones are cut where memory allows it."""
     slices: list[_Slice] = []
-    filled = _SLICE
+    filled = 0
     for weight, *followers in zip(weights, *averages, strict=True):
         for part, *parts in zip(*_cut([weight, *followers]), strict=True):
-            if filled + part.numel() > _SLICE:
+            if not slices or filled + part.numel() > _SLICE:
                 slices.append(([], [[] for _ in averages]))
                 filled = 0
             filled += part.numel()
@@ -217,10 +269,32 @@ def _slices(weights: list[Tensor], averages: list[list[Tensor]]) -> list[_Slice]
     return slices
 
 
+def _groups(
+    weights: list[Tensor], averages: list[list[Tensor]]
+) -> tuple[list[_Slice], list[tuple[Tensor, list[Tensor]]]]:
+    """What one kernel takes together: real numbers of one device and dtype, dense and alike in memory. And the others."""
+    groups: dict[tuple[torch.device, torch.dtype], _Slice] = {}
+    others: list[tuple[Tensor, list[Tensor]]] = []
+    for weight, *followers in zip(weights, *averages, strict=True):
+        if weight.is_complex() or not _alike([weight, *followers]):
+            others.append((weight, followers))
+            continue
+        group = groups.setdefault((weight.device, weight.dtype), ([], [[] for _ in averages]))
+        group[0].append(weight)
+        for column, each in zip(group[1], followers, strict=True):
+            column.append(each)
+    return list(groups.values()), others
+
+
 def _cut(tensors: list[Tensor]) -> list[tuple[Tensor, ...]]:
     """Tensors of one shape in parts of at most `_SLICE` numbers; whole where they do not lie alike in memory."""
-    first = tensors[0]
-    dense = first.numel() == sum((n - 1) * step for n, step in zip(first.shape, first.stride(), strict=True)) + 1
-    if first.numel() <= _SLICE or not dense or any(tensor.stride() != first.stride() for tensor in tensors):
+    if tensors[0].numel() <= _SLICE or not _alike(tensors):
         return [(tensor,) for tensor in tensors]
     return [torch.split(tensor.as_strided((tensor.numel(),), (1,)), _SLICE) for tensor in tensors]
+
+
+def _alike(tensors: list[Tensor]) -> bool:
+    """Whether tensors of one shape have their numbers in the same order in memory, without gaps."""
+    first = tensors[0]
+    dense = first.numel() == sum((n - 1) * step for n, step in zip(first.shape, first.stride(), strict=True)) + 1
+    return dense and all(tensor.stride() == first.stride() for tensor in tensors)
