@@ -2,10 +2,10 @@
 
 import sys
 
-from benchmarks import ema, freshness
+from benchmarks import ema, freshness, publish
 from benchmarks.report import Row, report
 
-BENCHMARKS = {"ema": ema.measure, "freshness": freshness.measure}
+BENCHMARKS = {"ema": ema.measure, "publish": publish.measure, "freshness": freshness.measure}
 
 
 def main(names: list[str]) -> int:
