@@ -62,12 +62,14 @@ def _ema_pytorch(model: nn.Module) -> Update:
     ema = importlib.import_module("ema_pytorch").EMA(
         model, beta=_DECAY, update_after_step=0, update_every=1, use_foreach=True, include_online_model=False
     )
-    return ema.update
+    update: Update = ema.update
+    return update
 
 
 def _torch_ema(model: nn.Module) -> Update:
     ema = importlib.import_module("torch_ema").ExponentialMovingAverage(model.parameters(), decay=_DECAY)
-    return ema.update
+    update: Update = ema.update
+    return update
 
 
 def _diffusers(model: nn.Module) -> Update:

@@ -71,7 +71,9 @@ def _training(device: torch.device, suffix: str) -> list[Row]:
     for _ in range(5):
         loop.step()
     copies = [_copy(loop.ema.ema) for _ in range(9)]
-    without, publishing, calls = [], [], []
+    without: list[float] = []
+    publishing: list[float] = []
+    calls: list[float] = []
     with tempfile.TemporaryDirectory(prefix="emaswap-bench-") as folder:
         store = Path(folder) / "store"
         with Publisher(

@@ -63,6 +63,10 @@ class Predict:
             extra = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
         except _ClientGone:
             return
+        except Exception:
+            # It is a fault of ours, which the server answers with 500; the alert on errors must see it.
+            self.metrics.answered(500, time.perf_counter() - began)
+            raise
         # A body that was not read to its end would be taken for the next request.
         if self.draining() or status in (408, 413):
             extra.append((b"connection", b"close"))

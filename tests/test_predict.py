@@ -1,9 +1,10 @@
 """POST /predict over HTTP: what is answered, what is refused, and that nothing a client sends stops the next answer."""
 
+import asyncio
 import json
 import math
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPResponse
@@ -640,6 +641,20 @@ def status_of(served: Served, request: bytes) -> int | None:
         except ConnectionError:
             return None
     return int(answer.split()[1]) if answer else None
+
+
+def test_a_fault_of_ours_is_counted(linear: Served) -> None:
+    """What no client can cause shows as status 500 in the metrics, where the alert on errors finds it."""
+
+    async def receive() -> MutableMapping[str, Any]:
+        raise RuntimeError("the server's own fault")
+
+    async def send(_: MutableMapping[str, Any]) -> None:
+        raise AssertionError("nothing is to be answered from here")
+
+    with pytest.raises(RuntimeError, match="own fault"):
+        asyncio.run(linear.service.predict({"type": "http", "headers": []}, receive, send))
+    assert linear.metric('emaswap_requests_total{status="500"}') == 1
 
 
 @given(bodies)
