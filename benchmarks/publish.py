@@ -4,7 +4,7 @@ import itertools
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from benchmarks.models import Wide
 from benchmarks.report import Row
+from benchmarks.separate import SeparatePublisher
 from emaswap import Architecture, Constant, ModelEMA, Publisher
 
 _SPELLS = 5
@@ -50,7 +51,7 @@ class _Loop:
         self.ema.update(self.model)
         loss.item()  # as loops do that show their loss; on a GPU, the step is over only then
 
-    def spell(self, publisher: Publisher | None) -> tuple[list[float], list[float]]:
+    def spell(self, publisher: "Publisher | SeparatePublisher | None") -> tuple[list[float], list[float]]:
         """Seconds of each step, and of each call of `publish`, over some seconds of training."""
         steps, calls = [], []
         end = due = time.perf_counter()
@@ -70,38 +71,55 @@ def _training(device: torch.device, suffix: str) -> list[Row]:
     loop = _Loop(device)
     for _ in range(5):
         loop.step()
-    copies = [_copy(loop.ema.ema) for _ in range(9)]
+    copy_s = median(_copy(loop.ema.ema) for _ in range(9))
+    probe = torch.randn(2, 2500)
+    architecture = Architecture.of(Wide)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="emaswap-bench-") as folder:
+        thread = Publisher(
+            Path(folder) / "thread", model="wide", architecture=architecture, probe=probe, keep=2, grace_s=0
+        )
+        with thread as publisher:
+            rows += _compared(loop, publisher, copy_s, f"thread, {suffix}", bars=True)
+        with SeparatePublisher(Path(folder) / "process", Wide(), model="wide", probe=probe) as separate:
+            rows += _compared(loop, separate, copy_s, f"process, {suffix}", bars=False)
+    return rows
+
+
+def _compared(
+    loop: _Loop, publisher: Publisher | SeparatePublisher, copy_s: float, suffix: str, *, bars: bool
+) -> list[Row]:
+    """Spells of training in turn, with publishing every second and without."""
+    publisher.publish(loop.ema)
+    publisher.flush()
     without: list[float] = []
     publishing: list[float] = []
     calls: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="emaswap-bench-") as folder:
-        store = Path(folder) / "store"
-        with Publisher(
-            store, model="wide", architecture=Architecture.of(Wide), probe=torch.randn(2, 2500), keep=2, grace_s=0
-        ) as publisher:
-            publisher.publish(loop.ema)
-            publisher.flush()
-            for spell in itertools.chain.from_iterable([(None, publisher)] * _SPELLS):
-                steps, called = loop.spell(spell)
-                (without if spell is None else publishing).extend(steps)
-                calls += called
-                publisher.flush()
-    copy_ms, step_ms = median(copies) * 1000, median(without) * 1000
-    mean_without, mean_publishing = (sum(steps) / len(steps) * 1000 for steps in (without, publishing))
+    for spell in itertools.chain.from_iterable([(None, publisher)] * _SPELLS):
+        steps, called = loop.spell(spell)
+        (without if spell is None else publishing).extend(steps)
+        calls += called
+        publisher.flush()
+    usual = median(without)
+    stall, stall_without = (max(steps) - usual for steps in (publishing, without))
+    throughput, stalls = (1 / 0.97, 1.5) if bars else (None, None)
     return [
-        Row(f"mean step while publishing every second, {suffix}", mean_publishing, "ms", mean_without, 1 / 0.97),
         Row(
-            f"longest call of publish (floor: one copy of the weights), {suffix}", max(calls) * 1000, "ms", copy_ms, 1.5
-        ),
-        Row(
-            f"longest step beyond the median, publishing, {suffix}",
-            max(publishing) * 1000 - step_ms,
+            f"mean step, publishing every second by {suffix}",
+            mean(publishing) * 1e3,
             "ms",
-            copy_ms,
-            1.5,
+            mean(without) * 1e3,
+            throughput,
         ),
-        Row(f"longest step beyond the median, not publishing, {suffix}", max(without) * 1000 - step_ms, "ms", copy_ms),
-        Row(f"median step, {suffix}", step_ms, "ms"),
+        Row(
+            f"longest call of publish (floor: a copy of the weights), {suffix}",
+            max(calls) * 1e3,
+            "ms",
+            copy_s * 1e3,
+            stalls,
+        ),
+        Row(f"longest step beyond the median, publishing, {suffix}", stall * 1e3, "ms", copy_s * 1e3, stalls),
+        Row(f"longest step beyond the median, not publishing, {suffix}", stall_without * 1e3, "ms", copy_s * 1e3),
     ]
 
 

@@ -29,6 +29,7 @@ from emaswap.schedule import (
 )
 from emaswap.signature import Signature, TensorField
 from emaswap.store import DirectoryStore, Store, open_store
+from emaswap.synthesis import Snapshot, snapshots_of, synthesize
 
 __all__ = [
     "EMA",
@@ -55,6 +56,7 @@ __all__ = [
     "Scaled",
     "Schedule",
     "Signature",
+    "Snapshot",
     "Store",
     "StoreError",
     "TensorField",
@@ -62,4 +64,6 @@ __all__ = [
     "__version__",
     "make_schedule",
     "open_store",
+    "snapshots_of",
+    "synthesize",
 ]

@@ -5,6 +5,7 @@ Knows modules and tensors, and nothing of stores, versions or training loops.
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -114,7 +115,9 @@ class ModelEMA:
             raise EmaError(f"update_every is at least 1, got {update_every}")
         model = unwrap(model)
         self.ema = _average_of(model, device=device, dtype=dtype, factory=factory)
-        self.profiles = {name: copy.deepcopy(self.ema) for name in profiles or {}}
+        self.profiles = {
+            name: _average_of(model, device=device, dtype=dtype, factory=factory) for name in profiles or {}
+        }
         self.updates = updates
         self.decay: Schedule = decay if callable(decay) else ExponentialRamp(decay, tau)
         self.schedules = dict(profiles or {})
@@ -170,11 +173,15 @@ class ModelEMA:
         """From now on, `update` does nothing unless this optimizer made a step since the last one.
 
         So neither the micro-batches of gradient accumulation nor a step that a `GradScaler` leaves out are counted.
+        A fused optimizer under a `GradScaler` is asked whether it made its step, which on CUDA waits for the device.
         """
         self._stepped = False
 
-        def stepped(*_: object) -> None:
-            self._stepped = True
+        def stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            # GradScaler hands a fused optimizer its flag, and leaves it to that to leave the step out.
+            found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+            if found_inf is None or not found_inf.item():
+                self._stepped = True
 
         optimizer.register_step_post_hook(stepped)
 
@@ -195,7 +202,9 @@ class ModelEMA:
         names = [None, *self.profiles]
         if profile not in names:
             raise EmaError(f"no profile {profile!r}: there are {', '.join(self.profiles) or 'none'}")
-        pairs = self._planned(unwrap(model)).pairs(names.index(profile))
+        model = unwrap(model)
+        plan = self._planned(model)
+        pairs = plan.pairs(names.index(profile))
         own = [weight.clone() for weight, _ in pairs]
         self._swapped = True
         try:
@@ -205,6 +214,8 @@ class ModelEMA:
             yield
         finally:
             with torch.no_grad():
+                _reshard(model)
+                plan.put_back()
                 for (weight, _), before in zip(pairs, own, strict=True):
                     weight.copy_(before)
             self._swapped = False
@@ -261,12 +272,15 @@ class ModelEMA:
         self._skipped, self._skipped_on_device = state.get("skipped", 0), None
 
     def __getstate__(self) -> dict[str, object]:
-        # The plan points into a live model; it is rebuilt at the next update. A followed optimizer does not come along.
-        return {**self.__dict__, "_plan": None, "_stepped": None}
+        # The plan points into a live model; it is rebuilt at the next update. A followed optimizer does not come along,
+        # nor does a model with weights swapped into it.
+        return {**self.__dict__, "_plan": None, "_stepped": None, "_swapped": False}
 
     def _planned(self, model: nn.Module) -> Plan:
         averages = [self.ema, *self.profiles.values()]
         if self._plan is None or not self._plan.holds(averages, model):
+            for module in (*averages, model):
+                _reshard(module)
             self._plan = Plan(averages, model, buffers=self.buffers, exclude=self.exclude)
         return self._plan
 
@@ -289,7 +303,10 @@ def _average_of(
             ) from error
     else:
         average = unwrap(factory())
-        average.load_state_dict({name: tensor.detach() for name, tensor in model.state_dict().items()})
+        _reshard(model)
+        with torch.no_grad():
+            for weight, initial in Plan([average], model, buffers="copy", exclude=()).pairs(0):
+                initial.copy_(weight)
     average.eval().requires_grad_(False)
     average._apply(lambda tensor: tensor.to(device, _averaged_dtype(tensor, dtype)))  # type: ignore[no-untyped-call]
     return average
@@ -300,6 +317,16 @@ def _averaged_dtype(tensor: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     if not tensor.is_floating_point():
         return tensor.dtype
     return wanted or (torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype)
+
+
+def _reshard(module: nn.Module) -> None:
+    """Let FSDP2 give up weights that it has gathered for a forward pass, and go back to the shards they came from."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return  # where it was not imported, nothing is sharded by it
+    for child in module.modules():
+        if isinstance(child, fsdp.FSDPModule):
+            child.reshard()
 
 
 def _restored(schedule: Schedule, description: Mapping[str, Any] | None) -> Schedule:

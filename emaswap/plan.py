@@ -153,7 +153,6 @@ class _Held:
         self._module = module
         self._children: list[dict[str, Any]] = []
         self._folders: list[dict[str, Any]] = []
-        self._children: list[dict[str, Any]] = []
         self._places: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._tensors: list[Tensor] = []
@@ -209,7 +208,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _memory(tensor: Tensor) -> object:
     """The same for tensors that are one, be it under several objects."""
     local = getattr(tensor, "_local_tensor", tensor)
-    return (local.data_ptr(), local.dtype, local.shape, local.stride()) if local.numel() else id(tensor)
+    return (local.data_ptr(), local.dtype, local.shape, local.stride()) if local.data_ptr() else id(tensor)
 
 
 def _buffer_names(model: nn.Module) -> set[str]:

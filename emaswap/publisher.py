@@ -24,10 +24,10 @@ from emaswap.ema import ModelEMA
 from emaswap.errors import BadVersion, EmaswapError, Fenced, PublishError
 from emaswap.manifest import Architecture, Manifest, ProbeInfo, TensorInfo, TrainingInfo, Variant, WeightsInfo
 from emaswap.priority import give_way
+from emaswap.private_copy import MAIN, Layout, PrivateCopy, Staging, layout_of
 from emaswap.probe import Probe, tolerances
 from emaswap.retention import Retention
 from emaswap.signature import Inputs, Signature
-from emaswap.snapshot import MAIN, Layout, Snapshot, Staging, layout_of
 from emaswap.store import Store, open_store
 from emaswap.term import Term
 from emaswap.weights import dtype_name, named_tensors, not_finite
@@ -99,8 +99,8 @@ class Publisher:
         self._retention.clean()
 
         self._lock = threading.Lock()
-        self._pending: Snapshot | None = None
-        self._spare: list[Snapshot] = []
+        self._pending: PrivateCopy | None = None
+        self._spare: list[PrivateCopy] = []
         self._staging = Staging()
         self._error: EmaswapError | None = None
         self._working: Future[None] | None = None
@@ -108,7 +108,7 @@ class Publisher:
         self._executor = ThreadPoolExecutor(1, "emaswap-publisher", initializer=give_way)
 
     def publish(self, ema: ModelEMA | nn.Module, *, step: int = 0, metrics: Mapping[str, float] | None = None) -> None:
-        """Snapshot the weights and return; they become the next version in the background.
+        """PrivateCopy the weights and return; they become the next version in the background.
 
         Args:
             ema: the average (or a plain module) to publish; its profiles become the version's variants.
@@ -122,7 +122,7 @@ class Publisher:
         if isinstance(self._error, Fenced):
             raise self._error
         with self._lock:
-            snapshot = self._pending or (self._spare.pop() if self._spare else Snapshot())
+            snapshot = self._pending or (self._spare.pop() if self._spare else PrivateCopy())
             snapshot.take(ema, TrainingInfo(step=step, metrics=dict(metrics or {})), self._staging)
             self._pending = snapshot
             if self._working is None:
@@ -191,7 +191,7 @@ class Publisher:
         self._error = PublishError(message)
         self._error.__cause__ = cause
 
-    def _write(self, snapshot: Snapshot) -> Manifest:
+    def _write(self, snapshot: PrivateCopy) -> Manifest:
         snapshot.wait()
         parts = {name: self._add(name, snapshot) for name in snapshot.modules}
         main = parts.pop(MAIN)
@@ -219,7 +219,7 @@ class Publisher:
         return manifest
 
     @torch.no_grad()
-    def _add(self, name: str, snapshot: Snapshot) -> Variant:
+    def _add(self, name: str, snapshot: PrivateCopy) -> Variant:
         """Prove one of a snapshot's modules right, and put its weights and its probe into the store."""
         module = snapshot.modules[name]
         if self._calibrate is not None:

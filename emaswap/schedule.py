@@ -185,14 +185,15 @@ class Scaled:
         return float(self.schedule(updates) ** self.kappa)
 
     def describe(self) -> Description:
-        return {**self.schedule.describe(), "kappa": self.kappa}
+        inner = self.schedule.describe()
+        return {**inner, "kappa": self.kappa * float(inner.get("kappa", 1))}
 
 
 _BY_NAME = {kind.name: kind for kind in (Constant, ExponentialRamp, CountRamp, InverseGamma, PowerFunction)}
 SCHEDULES = tuple(_BY_NAME)
 
 
-def make_schedule(name: str, **parameters: Any) -> Schedule:
+def make_schedule(name: str, /, **parameters: Any) -> Schedule:
     """A schedule by its name (one of `SCHEDULES`); `PowerFunction` takes `sigma_rel` or `gamma`; `kappa` scales any.
 
     Raises `EmaError` for an unknown name or parameter, naming those there are.
@@ -206,9 +207,10 @@ def make_schedule(name: str, **parameters: Any) -> Schedule:
         make = PowerFunction.from_sigma_rel
     try:
         schedule: Schedule = make(**parameters)
+        return schedule if kappa is None else Scaled(schedule, kappa)
     except TypeError as error:
-        raise EmaError(f"{name} takes {', '.join(inspect.signature(kind).parameters)}: {error}") from None
-    return schedule if kappa is None else Scaled(schedule, kappa)
+        takes = [*inspect.signature(kind).parameters, *(["sigma_rel"] if kind is PowerFunction else []), "kappa"]
+        raise EmaError(f"{name} takes {', '.join(takes)}: {error}") from None
 
 
 def from_description(description: Mapping[str, Any]) -> Schedule:
@@ -219,7 +221,7 @@ def from_description(description: Mapping[str, Any]) -> Schedule:
 
 def span_decay(schedule: Schedule, first: int, last: int) -> float:
     """The decay of the updates `first` to `last` together: the product of their decays, exactly."""
-    if isinstance(schedule, Constant):
+    if type(schedule) is Constant:
         return float(schedule.decay ** (last - first + 1))
     return math.prod(schedule(number) for number in range(first, last + 1))
 

@@ -1,4 +1,4 @@
-"""A snapshot: a private copy of an average on the CPU, taken without holding up whoever trains.
+"""A private copy of an average on the CPU, taken without holding up whoever trains: the snapshot that is published.
 
 From a CUDA device, the weights are copied on the device first, in the order of the stream that trains, and from there to
 pinned memory on a stream of their own. Nobody waits but the publisher's thread, in `wait`.
@@ -46,7 +46,7 @@ class Staging:
         return self._emptied
 
 
-class Snapshot:
+class PrivateCopy:
     """Copies of an average and of its profiles, used again and again so that taking one costs a copy of the weights."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Snapshot:
         if isinstance(ema, ModelEMA):
             sources = {MAIN: ema.ema, **ema.profiles}
             schedules = {MAIN: ema.decay, **ema.schedules}
-            self.infos = {name: _info(schedules[name], ema.updates, source) for name, source in sources.items()}
+            self.infos = {name: _info(ema, schedules[name], source) for name, source in sources.items()}
         else:
             sources = {MAIN: unwrap(ema)}
             self.infos = {MAIN: EmaInfo()}
@@ -108,13 +108,14 @@ def _state(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _info(schedule: Schedule, updates: int, module: nn.Module) -> EmaInfo:
+def _info(ema: ModelEMA, schedule: Schedule, module: nn.Module) -> EmaInfo:
     averaged = next((tensor for tensor in module.state_dict().values() if tensor.is_floating_point()), None)
     return EmaInfo.model_validate(
         {
             **schedule.describe(),
-            "updates": updates,
-            "window": window(schedule(updates)),
+            "updates": ema.updates,
+            "update_every": ema.update_every,
+            "window": window(schedule(ema.updates)),
             "dtype": dtype_name(averaged.dtype) if averaged is not None else "none",
         }
     )
