@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from emaswap import Architecture, EmaswapError, Signature
 
-_BUILT_IN = {"digits": "trainer.tasks.digits:Digits"}
+_BUILT_IN = {"digits": "trainer.tasks.digits:Digits", "mnist5k": "trainer.tasks.mnist5k:Mnist5k"}
 
 Batch = tuple[Tensor, ...]
 
