@@ -7,7 +7,7 @@ import cmath
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import is_
 from typing import Any, Literal
 
 import torch
@@ -116,9 +116,8 @@ class Plan:
         for now, followers in self._converted:
             for average, weight in zip(followers, weights, strict=True):
                 average.copy_(now) if weight == 1 else average.lerp_(now.to(average), weight)
-        for now, followers in self._copied:
-            for average in followers:
-                average.copy_(now)
+        for averages in zip(*(followers for _, followers in self._copied), strict=True):
+            torch._foreach_copy_(averages, [now for now, _ in self._copied])
 
     def run_unless(self, found_inf: Tensor, weights: Sequence[float]) -> None:
         """`run`, or nothing where the flag says so: it is read on the device, and no host waits for it."""
@@ -192,11 +191,12 @@ class _Held:
             and self._look() == self._seen
         )
 
-    def _look(self) -> tuple[list[int], list[torch.dtype], list[int], list[nn.Module | None]]:
-        # `module.to(...)` and `parameter.data = ...` keep the parameter and change what is in it.
-        addresses = list(map(methodcaller("data_ptr"), self._locals))
+    def _look(self) -> tuple[list[int], list[int], list[nn.Module | None]]:
+        # `module.to(...)` and `parameter.data = ...` keep the parameter and change what is in it. The old memory is kept
+        # alive by the plan, so that what is new is elsewhere.
+        addresses = list(map(Tensor.data_ptr, self._locals))
         children = list(chain.from_iterable(map(dict.values, self._children)))
-        return addresses, list(map(attrgetter("dtype"), self._locals)), list(map(len, self._folders)), children
+        return addresses, list(map(len, self._folders)), children
 
 
 def _local(tensor: Tensor) -> Tensor:
