@@ -6,12 +6,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 TESTED := .venv/tested
+PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-engine check bench format clean
+.PHONY: help demo test test-long test-engine test-peers check bench compare format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
@@ -25,7 +26,7 @@ demo: $(INSTALLED) ## trainer and service together on real data, for about a min
 
 test: $(INSTALLED) ## the tests; they leave the branch coverage that `make check` looks at
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m 'not long and not engine'
+	$(BIN)/coverage run -m pytest -m 'not long and not engine and not peers'
 	@$(BIN)/coverage combine --quiet
 	@touch $(TESTED)
 
@@ -34,6 +35,15 @@ test-long: $(INSTALLED) ## the tests that take minutes
 
 test-engine: $(INSTALLED) ## the tests in a Docker engine, which they start themselves if none runs
 	$(BIN)/python -m pytest -m engine
+
+test-peers: $(PEERS)/installed ## the tests against the averages and training frameworks of others
+	$(PEERS)/bin/python -m pytest -m peers
+
+$(PEERS)/installed: pyproject.toml constraints.txt constraints-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
+		--editable '.[service,trainer,dev,peers]'
+	@touch $@
 
 # Newer than all that was tested: then the tests need not run again.
 $(TESTED): $(shell git ls-files '*.py' '*.md' pyproject.toml constraints.txt 2>/dev/null)
@@ -48,9 +58,12 @@ check: $(INSTALLED) $(TESTED) ## lint, types, coverage; and the tests, unless th
 bench: $(INSTALLED) ## the benchmarks; ends with the bars that do not hold
 	$(BIN)/python -m benchmarks
 
+compare: $(INSTALLED) ## EMA against raw weights over five seeds, for about 15 minutes: writes docs/ema-vs-raw.md
+	$(BIN)/python -m trainer.compare
+
 format: $(INSTALLED) ## format the code
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 clean: ## remove what the other targets made
-	rm -rf .venv build *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -116,8 +116,8 @@ class Plan:
         for now, followers in self._converted:
             for average, weight in zip(followers, weights, strict=True):
                 average.copy_(now) if weight == 1 else average.lerp_(now.to(average), weight)
-        for averages in zip(*(followers for _, followers in self._copied), strict=True):
-            torch._foreach_copy_(averages, [now for now, _ in self._copied])
+        for followed in zip(*(followers for _, followers in self._copied), strict=True):
+            torch._foreach_copy_(followed, [now for now, _ in self._copied])
 
     def run_unless(self, found_inf: Tensor, weights: Sequence[float]) -> None:
         """`run`, or nothing where the flag says so: it is read on the device, and no host waits for it."""

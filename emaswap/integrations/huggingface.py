@@ -1,0 +1,100 @@
+"""Hugging Face: `Trainer(..., callbacks=[EmaswapCallback(...)])` keeps an average of the model and publishes it."""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from emaswap.integrations import sidecar
+from emaswap.integrations.bridge import Averaging, warn_of
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError(
+        "emaswap.integrations.huggingface needs Transformers: pip install transformers accelerate"
+    ) from error
+
+log = logging.getLogger(__name__)
+
+
+class EmaswapCallback(Averaging, TrainerCallback):
+    """Averages once an optimizer step, publishes every so many of them and at the end, with the logged metrics.
+
+    The average is saved in a file of its own in each of the Trainer's checkpoints, and goes on exactly from there. To
+    go on from a checkpoint that is not in `output_dir`, say so in `TrainingArguments.resume_from_checkpoint`, too. The
+    process of rank 0 publishes. A publish that fails is a warning; `Fenced` ends training.
+    """
+
+    _metrics: Mapping[str, object] = MappingProxyType({})
+    _validated = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **_: Any,
+    ) -> None:
+        self._metrics = {}
+        if state.global_step:
+            folders = [Path(args.resume_from_checkpoint or ""), _checkpoint(args, state)]
+            if saved := next(filter(None, (sidecar.load(folder, self._stem) for folder in folders)), None):
+                self.restore(saved)
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner  # Accelerate's wrapper calls no hooks
+        self.begin(model, [optimizer], step=state.global_step, publishes=state.is_world_process_zero)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.swap_out()
+        self._validated = False
+        # Not at the end of the step before: an evaluation after it has metrics of the very weights that are due.
+        self.publish_average(self._metrics)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        self.advance(state.global_step)
+        if control.should_evaluate:
+            self.swap_in()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        if control.should_evaluate:
+            self.swap_in()
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        if self._validated:
+            log.warning("of several evaluation datasets only the first is evaluated with the averaged weights")
+            self._validated = False
+
+    def on_log(self, *_: Any, logs: dict[str, object], **__: Any) -> None:
+        self._metrics = {**self._metrics, **logs}
+
+    def on_evaluate(self, *_: Any, metrics: dict[str, object], **__: Any) -> None:
+        self._validated = self.swapped
+        self.swap_out()
+        self._metrics = {**self._metrics, **metrics}
+        self.publish_average(self._metrics)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        if args.should_save:
+            warn_of(partial(sidecar.save, _checkpoint(args, state), self._stem, self.saved()))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._validated = False
+        self.finish(self._metrics)
+
+    @property
+    def _stem(self) -> str:
+        return f"emaswap-{self.model_name}"
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -1,0 +1,97 @@
+"""Ultralytics: `publish_from(yolo, ...)` publishes the average that its trainer keeps, once an epoch.
+
+Uses the public interface of its callbacks alone (`add_callback`, `trainer.ema`, `trainer.epoch`, `trainer.metrics`), and
+imports nothing of it. Ultralytics is licensed under AGPL-3.0: whoever serves a network of its classes runs its code, too.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from emaswap.integrations.bridge import Publishing
+from emaswap.manifest import Architecture
+from emaswap.signature import Inputs
+from emaswap.store import Store
+
+
+class _Average(Protocol):
+    ema: nn.Module
+    updates: int
+
+
+class _Trainer(Protocol):
+    ema: _Average
+    epoch: int
+    metrics: Mapping[str, object] | None
+
+
+class _Model(Protocol):
+    def add_callback(self, event: str, func: Callable[[Any], None]) -> object: ...
+
+
+def _as_it_is(network: nn.Module) -> nn.Module:
+    return network
+
+
+def publish_from(
+    yolo: _Model,
+    store: Store | str | Path,
+    *,
+    model: str,
+    architecture: Architecture | str,
+    probe: Inputs,
+    every_n_epochs: int = 1,
+    wrap: Callable[[nn.Module], nn.Module] = _as_it_is,
+    **publisher: Any,
+) -> None:
+    """Have the trainings of a `YOLO` publish their averaged weights. A publish that fails is a warning; `Fenced` ends it.
+
+    Args:
+        yolo: the model whose `train` is called afterwards.
+        store: a store, or the path of one.
+        model: the model's name; a store holds versions of one model.
+        architecture: what the service builds the module from, a function of yours that makes the network.
+        probe: a few typical inputs, rows first.
+        every_n_epochs: a version every so many epochs, and one at the end.
+        wrap: makes the module to publish out of the network, where that does not answer with plain tensors.
+        publisher: what else `Publisher` takes (`signature`, `keep`, `on_publish`, ...).
+    """
+    publishing = Publishing(store, model=model, architecture=architecture, probe=probe, every=1, **publisher)
+    events = _Events(publishing, every_n_epochs, wrap)
+    for event in ("on_train_start", "on_fit_epoch_end", "on_train_end", "teardown"):
+        yolo.add_callback(event, getattr(events, event))
+
+
+class _Events:
+    """What is done at the events of a training. A version's step is the number of updates of the average."""
+
+    def __init__(self, publishing: Publishing, every: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        if every < 1:
+            raise ValueError(f"versions are published every 1 or more epochs, got {every}")
+        self._publishing = publishing
+        self._every = every
+        self._wrap = wrap
+
+    def on_train_start(self, trainer: _Trainer) -> None:
+        others = torch.distributed.is_available() and torch.distributed.is_initialized()
+        publishes = not others or torch.distributed.get_rank() == 0
+        self._publishing.open(step=trainer.ema.updates, publishes=publishes)
+
+    def on_fit_epoch_end(self, trainer: _Trainer) -> None:
+        # It comes once more after the last epoch, with nothing new: then no version is due.
+        if (trainer.epoch + 1) % self._every == 0:
+            self._publish(trainer)
+
+    def on_train_end(self, trainer: _Trainer) -> None:
+        self._publish(trainer)
+        self._publishing.close()
+
+    def teardown(self, trainer: _Trainer) -> None:  # noqa: ARG002
+        self._publishing.abandon()
+
+    def _publish(self, trainer: _Trainer) -> None:
+        self._publishing.advance(trainer.ema.updates)
+        self._publishing.publish(self._wrap(trainer.ema.ema), trainer.metrics or {})
