@@ -3,12 +3,10 @@
 import json
 import logging
 import math
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -181,28 +179,6 @@ def test_a_loaded_state_is_independent_of_its_file(tmp_path: Path) -> None:
     loaded["a"].add_(1)
     assert torch.equal(loaded["b"], state["b"])
     assert identical(checkpoint.load(tmp_path), state)
-
-
-def test_random_states_go_on_where_they_were(tmp_path: Path) -> None:
-    """Python, numpy and torch draw the same numbers after loading as they did after saving."""
-
-    def draw() -> list[object]:
-        return [
-            random.random(),
-            random.gauss(),
-            np.random.rand(3).tolist(),
-            np.random.standard_normal(),
-            torch.randn(3).tolist(),
-            torch.dropout(torch.ones(20), 0.5, train=True).tolist(),
-        ]
-
-    random.gauss()
-    np.random.standard_normal()
-    state = {"random": checkpoint.random_state()}
-    expected = draw()
-    draw()
-    checkpoint.set_random_state(saved(tmp_path, state)["random"])
-    assert draw() == expected
 
 
 # -- the file ------------------------------------------------------------------------------------------------------

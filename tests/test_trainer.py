@@ -1,106 +1,38 @@
 """The trainer as people run it: killed, stopped, misled and short of space, and the versions that come of it."""
 
+import json
 import logging
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Self
 
 import pytest
 import torch
 
-from emaswap import DirectoryStore, Manifest, ModelEMA, Publisher
-from emaswap.weights import Blob
+from emaswap import DirectoryStore, ModelEMA, PowerFunction, Publisher
 from tests.disk import fill, small_disk
 from tests.models import Linear
-from tests.serving import ROOT, wait_for
-from tests.tasks import GATES, Noisy, NoisyNet
+from tests.serving import wait_for
+from tests.tasks import Noisy, NoisyNet
+from tests.training import NOISY, SHORT, STEPS, Trainer, assert_same_end, assert_whole, newest, weights_of
 from trainer.__main__ import main
 
-STEPS = 60
-NOISY = ("--task", "tests.tasks:Noisy")
-SHORT = ("--steps", str(STEPS), "--publish-every", "20", "--threads", "1", "--seed", "3")
 
-
-class Trainer:
-    """`python -m trainer` as a process of its own, that a test can hold at the beginning of some steps."""
-
-    def __init__(self, folder: Path, store: Path, *flags: str, hold_at: Sequence[int] = ()) -> None:
-        self.gates = folder / "gates"
-        self.gates.mkdir(exist_ok=True)
-        for step in hold_at:
-            (self.gates / str(step)).touch()
-        self._log = folder / "trainer.log"
-        command = [sys.executable, "-m", "trainer", "--store", str(store), *NOISY, *SHORT, *flags]
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | {GATES: str(self.gates)}, stdout=log, stderr=subprocess.STDOUT
-            )
-
-    @property
-    def log(self) -> str:
-        """All that the trainer has printed."""
-        return self._log.read_text()
-
-    def wait_at(self, step: int) -> None:
-        """Return once the trainer is held at the beginning of a step."""
-        reached = self.gates / f"{step}.reached"
-        wait_for(lambda: reached.exists() or self.process.poll() is not None, what=f"step {step}")
-        assert reached.exists(), self.log
-        reached.unlink()
-
-    def let_go(self, step: int) -> None:
-        """Let the trainer go on from a step it is held at."""
-        (self.gates / str(step)).unlink()
-
-    def ended(self) -> int:
-        """The exit status."""
-        return self.process.wait(60)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(60)
-
-
-def newest(store: Path) -> Manifest:
-    """The newest version's manifest."""
-    opened = DirectoryStore(store)
-    return opened.manifest(opened.newest())
-
-
-def assert_whole(store: Path) -> None:
-    """Every version of a store is there, readable, and numbered without gaps."""
-    opened = DirectoryStore(store)
-    versions = opened.versions()
-    assert versions == list(range(1, len(versions) + 1))
-    for version in versions:
-        manifest = opened.manifest(version)
-        opened.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size))
-        opened.tensors("probes", Blob(manifest.probe.digest, manifest.probe.size))
-
-
-def assert_same_end(store: Path, other: Path) -> None:
-    """Two runs have ended with the same weights and metrics, and one of them, at least, with a store in good order."""
-    assert_whole(store)
-    ours, theirs = newest(store), newest(other)
-    assert ours.training == theirs.training
-    assert ours.training.step == STEPS
-    assert ours.ema == theirs.ema
-    assert ours.weights.digest == theirs.weights.digest
+def is_newest(store: Path, version: int) -> bool:
+    """Whether this is the newest version of a store."""
+    return DirectoryStore(store).newest() == version
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a run that nothing happened to."""
+    """The store of a run that nothing happened to, and that was not faster than the disk."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    with Trainer(folder, folder / "store", "--resume", str(folder / "resume")) as trainer:
+    with Trainer(folder, folder / "store", "--resume", str(folder / "resume"), hold_at=[21, 41]) as trainer:
+        for version, step in ((1, 21), (2, 41)):
+            trainer.wait_at(step)
+            wait_for(partial(is_newest, folder / "store", version), what=f"version {version}")
+            trainer.let_go(step)
         assert trainer.ended() == 0, trainer.log
     return folder / "store"
 
@@ -195,8 +127,18 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path:
 
 @pytest.mark.parametrize(
     "flags",
-    [("--seed", "4"), ("--batch-size", "32"), ("--steps", "70"), ("--task", "digits")],
-    ids=["seed", "batch size", "steps", "task"],
+    [
+        ("--seed", "4"),
+        ("--batch-size", "32"),
+        ("--steps", "70"),
+        ("--task", "digits"),
+        ("--schedule", "constant"),
+        ("--clip-norm", "1"),
+        ("--ema-schedule", "constant"),
+        ("--ema-profile", "short=0.05"),
+        ("--ema-update-every", "2"),
+    ],
+    ids=" ".join,
 )
 def test_another_runs_checkpoint_is_refused(
     tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
@@ -342,13 +284,134 @@ def test_a_checkpoint_that_finds_no_space_is_no_reason_to_lose_a_run(
     assert newest(tmp_path / "store").training.step == STEPS
 
 
+# -- the average, and what else comes of a run ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), {"schedule": "exponential_ramp", "decay": 0.995, "tau": 100}),
+        (("--ema-decay", "0.9", "--ema-tau", "7"), {"schedule": "exponential_ramp", "decay": 0.9, "tau": 7}),
+        (("--ema-schedule", "constant", "--ema-decay", "0.9"), {"schedule": "constant", "decay": 0.9}),
+        (("--ema-schedule", "count_ramp"), {"schedule": "count_ramp", "decay": 0.995}),
+        (("--ema-schedule", "inverse_gamma"), {"schedule": "inverse_gamma", "decay": 0.995}),
+        (("--ema-schedule", "power_function"), PowerFunction.from_sigma_rel(0.1).describe()),
+        (
+            ("--ema-schedule", "power_function", "--ema-sigma-rel", "0.05"),
+            PowerFunction.from_sigma_rel(0.05).describe(),
+        ),
+        (("--ema-schedule", "constant", "--ema-scale", "2"), {"schedule": "constant", "decay": 0.995, "kappa": 2}),
+    ],
+    ids=["default", "decay and tau", "constant", "count ramp", "inverse gamma", "power function", "narrow", "scaled"],
+)
+def test_versions_are_averaged_as_the_settings_say(
+    tmp_path: Path, in_process: None, flags: tuple[str, ...], expected: dict[str, object]
+) -> None:
+    """The manifest has the schedule that the flags name, with their parameters."""
+    assert train_here(tmp_path / "store", "--steps", "5", *flags) == 0
+    found = newest(tmp_path / "store").ema.model_dump()
+    assert expected.items() <= found.items()
+    assert found["updates"] == 5
+
+
+def test_an_average_that_is_updated_more_rarely_has_the_same_window(tmp_path: Path, in_process: None) -> None:
+    """With an interval the average is another one, near the one of every step, and its count is still of steps."""
+    flags = ("--task", "tests.hard_tasks:Plain", "--ema-schedule", "constant", "--ema-decay", "0.9")
+    for every in ("1", "5"):
+        assert train_here(tmp_path / every, *flags, "--ema-update-every", every) == 0
+    often, rarely = weights_of(tmp_path / "1"), weights_of(tmp_path / "5")
+    assert any(not torch.equal(rarely[name], weight) for name, weight in often.items())
+    for name, weight in often.items():
+        torch.testing.assert_close(rarely[name], weight, rtol=0.05, atol=0.02)
+    assert newest(tmp_path / "5").ema.updates == STEPS
+
+
+def test_buffers_may_be_copied_instead_of_averaged(tmp_path: Path, in_process: None) -> None:
+    """Batch norm's statistics are then the model's own, and the weights are averaged all the same."""
+    for kind in ("average", "copy"):
+        assert train_here(tmp_path / kind, "--ema-buffers", kind) == 0
+    averaged, copied = weights_of(tmp_path / "average"), weights_of(tmp_path / "copy")
+    different = {name for name, weight in averaged.items() if not torch.equal(copied[name], weight)}
+    assert different == {"layers.1.running_mean", "layers.1.running_var"}
+
+
+def test_further_averages_are_evaluated_and_published(tmp_path: Path, in_process: None) -> None:
+    """Each profile has metrics of its own, and is a variant of the version; the main average is what it was."""
+    assert train_here(tmp_path / "plain") == 0
+    assert train_here(tmp_path / "store", "--ema-profile", "narrow=0.05", "--ema-profile", "wide=0.2, x=0.1") == 0
+    manifest = newest(tmp_path / "store")
+    assert set(manifest.variants) == {"narrow", "wide", "x"}
+    assert {"ema_narrow_accuracy", "ema_wide_accuracy", "ema_x_accuracy"} <= manifest.training.metrics.keys()
+    assert manifest.weights.digest == newest(tmp_path / "plain").weights.digest
+    assert len({variant.weights.digest for variant in manifest.variants.values()}) == 3
+
+
+def test_versions_may_be_published_in_half_precision(tmp_path: Path, in_process: None) -> None:
+    """The parameters in the store are bfloat16; the run itself is not rounded."""
+    assert train_here(tmp_path / "store", "--publish-dtype", "bfloat16") == 0
+    weights = weights_of(tmp_path / "store")
+    assert weights["layers.0.weight"].dtype == torch.bfloat16
+    assert newest(tmp_path / "store").ema.dtype == "float32"
+
+
+def test_a_run_is_recorded_step_by_step(tmp_path: Path, in_process: None) -> None:
+    """Every so many steps the record has the loss and what belongs to it, and at each version the metrics, too."""
+    log = tmp_path / "log"
+    flags = ("--log-dir", str(log), "--log-every", "8", "--clip-norm", "1", "--publish-every", "30")
+    assert train_here(tmp_path / "store", *flags, "--resume", str(tmp_path / "resume")) == 0
+    lines = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [8, 16, 24, 30, 32, 40, 48, 56, 60]
+    figures = {"train_loss", "learning_rate", "steps_per_second", "ema_skipped", "grad_norm"}
+    for line in lines:
+        assert figures <= line.keys()
+        assert ("ema_accuracy" in line) == ("raw_accuracy" in line) == (line["step"] % 30 == 0)
+        assert line["steps_per_second"] > 0
+        assert line["grad_norm"] > 0
+    assert lines[-1]["learning_rate"] == 0
+    assert lines[-1]["train_loss"] == newest(tmp_path / "store").training.metrics["train_loss"]
+    assert list(log.glob("events.out.tfevents.*"))
+    assert (log / "accuracy.png").exists()
+
+
+def test_what_is_not_the_training_itself_may_fail(
+    tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a place for its heartbeat and its record a run goes on to its end, and says so once for each."""
+    (tmp_path / "file").touch()
+    nowhere = str(tmp_path / "file" / "beneath")
+    assert train_here(tmp_path / "store", "--heartbeat", nowhere, "--log-dir", nowhere, "--log-every", "1") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Not a directory") == 2
+    assert printed.count("training goes on") == 2
+    assert newest(tmp_path / "store").training.step == STEPS
+
+
+def test_a_heartbeat_that_fails_again_is_said_again(
+    tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning is not repeated at each step, but a failure after it has worked is a new one."""
+    folder = tmp_path / "beats"
+    flags = ("--heartbeat", str(folder / "beat"))
+    with Trainer(tmp_path, tmp_path / "store", *flags, hold_at=[20, 40]) as trainer:
+        trainer.wait_at(20)
+        assert trainer.log.count("training goes on") == 1
+        folder.mkdir()
+        trainer.let_go(20)
+        trainer.wait_at(40)
+        (folder / "beat").unlink()
+        folder.rmdir()
+        trainer.let_go(40)
+        assert trainer.ended() == 0, trainer.log
+        assert trainer.log.count("training goes on") == 2
+
+
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("cats", "unknown task 'cats': expected one of ['digits'], or package.module:Class"),
+        ("cats", "unknown task 'cats': expected one of ['digits', 'mnist5k'], or package.module:Class"),
         ("no.such.package:Task", "cannot load task 'no.such.package:Task'"),
         ("tests.tasks:Nowhere", "cannot load task 'tests.tasks:Nowhere'"),
         (":Task", "unknown task ':Task'"),
@@ -380,6 +443,22 @@ def test_a_task_that_is_not_there_is_an_error(
         ("--learning-rate", "nan"),
         ("--ema-decay", "1"),
         ("--ema-tau", "0"),
+        ("--ema-sigma-rel", "0.3"),
+        ("--ema-scale", "0"),
+        ("--ema-update-every", "0"),
+        ("--ema-buffers", "drop"),
+        ("--ema-schedule", "cosine"),
+        ("--ema-profile", "short"),
+        ("--ema-profile", "=0.1"),
+        ("--ema-profile", "a=b"),
+        ("--publish-dtype", "float64"),
+        ("--precision", "fp8"),
+        ("--accumulate", "0"),
+        ("--schedule", "linear"),
+        ("--final-learning-rate", "1.5"),
+        ("--clip-norm", "0"),
+        ("--log-every", "0"),
+        ("--ranks-timeout-s", "0"),
         ("--keep", "0"),
         ("--threads", "-1"),
     ],

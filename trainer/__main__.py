@@ -8,7 +8,8 @@ from types import FrameType
 
 from emaswap import EmaswapError
 from trainer.display import Display
-from trainer.loop import train
+from trainer.distributed import joined
+from trainer.loop import prepare, train
 from trainer.settings import TrainerSettings
 from trainer.tasks import find_task
 
@@ -19,11 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
     try:
-        task = find_task(settings.task)
-        with Display(settings.steps) as display:
-            _stop_on_signals(stop)
-            step = train(settings, task, display, stop)
-            display.say(f"stopped at step {step}" if stop.is_set() else f"done: {step} steps")
+        prepare(settings)
+        with joined(settings.device, settings.ranks_timeout_s) as ranks:
+            task = find_task(settings.task)
+            with Display(settings.steps, quiet=not ranks.leads) as display:
+                _stop_on_signals(stop)
+                step = train(settings, task, display, stop, ranks)
+                display.say(f"done: {step} steps" if step == settings.steps else f"stopped at step {step}")
     except EmaswapError as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 1

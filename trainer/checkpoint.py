@@ -7,14 +7,11 @@ it has the averaged weights alone.)
 
 import json
 import logging
-import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from emaswap import BadVersion, EmaswapError, weights
@@ -75,27 +72,6 @@ def load(folder: Path) -> State | None:
     if found:
         raise EmaswapError(f"no checkpoint in {folder} is whole; remove them to start over")
     return None
-
-
-def random_state() -> State:
-    """The random states of Python, numpy and torch."""
-    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))  # noqa: NPY002  (what user code without a Generator draws from)
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go on with the random states that `random_state` returned."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _found(folder: Path) -> list[Path]:

@@ -16,7 +16,8 @@ from emaswap import Manifest
 class Display:
     """Progress of one run; a context manager."""
 
-    def __init__(self, steps: int, console: Console | None = None) -> None:
+    def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False) -> None:
+        """Of a run of so many steps, or without end (0). A `quiet` one shows nothing: one rank speaks for all."""
         self._progress = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -25,7 +26,8 @@ class Display:
             TextColumn("loss {task.fields[loss]}  accuracy {task.fields[raw]} raw, {task.fields[ema]} EMA"),
             TextColumn("v{task.fields[version]}"),
             TimeRemainingColumn(),
-            console=console or Console(highlight=False, soft_wrap=True),
+            console=console or Console(highlight=False, soft_wrap=True, quiet=quiet),
+            disable=quiet,
         )
         self._bar = self._progress.add_task("training", total=steps or None, loss="-", raw="-", ema="-", version=0)
 

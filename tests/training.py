@@ -1,0 +1,118 @@
+"""A trainer that tests start, stop and kill, and what came of it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from emaswap import DirectoryStore, Manifest
+from emaswap.weights import Blob
+from tests.serving import ROOT, wait_for
+from tests.tasks import GATES
+
+STEPS = 60
+NOISY = ("--task", "tests.tasks:Noisy")
+SHORT = ("--steps", str(STEPS), "--publish-every", "20", "--threads", "1", "--seed", "3")
+
+
+class Trainer:
+    """`python -m trainer` as a process of its own, or as many ranks, that a test can hold at the beginning of some steps.
+
+    It trains `Noisy`, unless the flags say otherwise.
+    """
+
+    def __init__(self, folder: Path, store: Path, *flags: str, hold_at: Sequence[int] = (), ranks: int = 0) -> None:
+        self.gates = folder / "gates"
+        self.gates.mkdir(exist_ok=True)
+        for step in hold_at:
+            (self.gates / str(step)).touch()
+        self._log = folder / "trainer.log"
+        run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks else ()
+        where = ("--device", "cpu") if ranks else ()  # there may be fewer devices than ranks
+        command = [sys.executable, *run, "-m", "trainer", "--store", str(store), *NOISY, *SHORT, *where, *flags]
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {GATES: str(self.gates), "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def log(self) -> str:
+        """All that the trainer has printed."""
+        return self._log.read_text()
+
+    def wait_at(self, step: int) -> None:
+        """Return once the trainer is held at the beginning of a step."""
+        reached = self.gates / f"{step}.reached"
+        wait_for(lambda: reached.exists() or self.process.poll() is not None, what=f"step {step}")
+        assert reached.exists(), self.log
+        reached.unlink()
+
+    def let_go(self, step: int) -> None:
+        """Let the trainer go on from a step it is held at."""
+        (self.gates / str(step)).unlink()
+
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank that torchrun has started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        found: dict[int, int] = {}
+        for pid in map(int, children):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {int(each[5:]): pid for each in variables if each.startswith(b"RANK=")}
+        return found
+
+    def ended(self) -> int:
+        """The exit status."""
+        return self.process.wait(60)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            for pid in (*self.ranks().values(), self.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait(60)
+
+
+def newest(store: Path) -> Manifest:
+    """The newest version's manifest."""
+    opened = DirectoryStore(store)
+    return opened.manifest(opened.newest())
+
+
+def assert_whole(store: Path) -> None:
+    """Every version of a store is there, readable, and numbered without gaps."""
+    opened = DirectoryStore(store)
+    versions = opened.versions()
+    assert versions == list(range(1, len(versions) + 1))
+    for version in versions:
+        manifest = opened.manifest(version)
+        opened.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size))
+        opened.tensors("probes", Blob(manifest.probe.digest, manifest.probe.size))
+
+
+def assert_same_end(store: Path, other: Path) -> None:
+    """Two runs have ended with the same weights and metrics, and one of them, at least, with a store in good order."""
+    assert_whole(store)
+    ours, theirs = newest(store), newest(other)
+    assert ours.training == theirs.training
+    assert ours.training.step == STEPS
+    assert ours.ema == theirs.ema
+    assert ours.weights.digest == theirs.weights.digest
+
+
+def weights_of(store: Path) -> dict[str, Tensor]:
+    """The newest version's weights."""
+    opened, manifest = DirectoryStore(store), newest(store)
+    return dict(opened.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size)).tensors)

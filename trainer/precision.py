@@ -1,0 +1,54 @@
+"""In which numbers training computes: autocast, loss scaling, TF32, and whether each run gives the same bits."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What autocast computes in on a device: "fp32" (without it), "bf16" or "fp16"."""
+
+    name: str
+    device: torch.device
+
+    @classmethod
+    def of(cls, name: str, device: torch.device) -> Self:
+        """The precision that "auto" or a name means: bf16 on CUDA where the device computes in it, fp32 on the CPU."""
+        if name != "auto":
+            return cls(name, device)
+        if device.type != "cuda":
+            return cls("fp32", device)
+        return cls("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The context for a forward pass."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, _AUTOCAST[self.name])
+
+    def scaler(self) -> GradScaler:
+        """What keeps small gradients of fp16 from vanishing, and leaves out steps whose gradients overflow."""
+        return GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def set_float32(device: torch.device, *, tf32: bool) -> None:
+    """Whether a CUDA device rounds float32 to TF32 in matrix products and convolutions."""
+    if device.type != "cuda":
+        return  # some processors would round, too
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    # Not the newer `fp32_precision`: torch itself reads this flag, and refuses to where only convolutions have the other.
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def set_deterministic() -> None:
+    """Allow only algorithms that give the same bits each time. Call it before CUDA starts, which reads a variable."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
