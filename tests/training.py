@@ -40,7 +40,7 @@ class Trainer:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | {GATES: str(self.gates), "OMP_NUM_THREADS": "1"},
+                env=os.environ | {GATES: str(self.gates), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -71,8 +71,14 @@ class Trainer:
         return found
 
     def ended(self) -> int:
-        """The exit status."""
-        return self.process.wait(60)
+        """The exit status. Where it does not end, it is asked where it is, for the log."""
+        try:
+            return self.process.wait(120)
+        except subprocess.TimeoutExpired:
+            for pid in (*self.ranks().values(), self.process.pid):
+                os.kill(pid, signal.SIGABRT)  # PYTHONFAULTHANDLER has each write its stack
+            self.process.wait(60)
+            raise AssertionError(f"the trainer does not end:\n{self.log}") from None
 
     def __enter__(self) -> Self:
         return self
