@@ -55,8 +55,8 @@ check: $(INSTALLED) $(TESTED) ## lint, types, coverage; and the tests, unless th
 	$(BIN)/mypy
 	$(BIN)/coverage report
 
-bench: $(INSTALLED) ## the benchmarks; ends with the bars that do not hold
-	$(BIN)/python -m benchmarks
+bench: $(PEERS)/installed ## the benchmarks, beside the averages of others; ends with the bars that do not hold
+	$(PEERS)/bin/python -m benchmarks
 
 compare: $(INSTALLED) ## EMA against raw weights over five seeds, for about 15 minutes: writes docs/ema-vs-raw.md
 	$(BIN)/python -m trainer.compare

@@ -16,7 +16,9 @@ from service.servable import Servable
 class Loader:
     """Loads versions from one store, for one device, from trusted factories."""
 
-    def __init__(self, store: Store, *, trusted: Sequence[str], device: torch.device, variant: str | None = None) -> None:
+    def __init__(
+        self, store: Store, *, trusted: Sequence[str], device: torch.device, variant: str | None = None
+    ) -> None:
         self.store = store
         self.variant = variant
         self.trusted = tuple(trusted)
