@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from emaswap import Architecture, DirectoryStore, Manifest, Publisher, Signature
@@ -12,6 +13,9 @@ from tests.models import Linear
 from tests.serving import Served, serve
 
 torch.set_num_threads(1)
+# How long an example takes depends on what else the machine does.
+settings.register_profile("emaswap", deadline=None)
+settings.load_profile("emaswap")
 
 Publish = Callable[..., Manifest]
 

@@ -3,13 +3,23 @@
 | reported | test |
 | --- | --- |
 | integer `num_batches_tracked` truncated or crashing | test_ema.py: integer buffers are copied, not blended |
-| `_orig_mod.` and `module.` skip every parameter | test_ema.py: wrappers are seen through |
-| parameters replaced by `.to()` | test_ema.py: tensors replaced after the first update are followed |
-| inference tensors that later updates cannot modify | test_ema.py: evaluating the average in inference mode |
-| the others | below |
+| `_orig_mod.` and `module.` skip every parameter | test_ema.py: wrappers are seen through, a compiled submodule |
+| deepcopy fails on weight_norm and parametrizations | a factory makes ..., a parametrized model is copied ... |
+| a NaN in one step poisons the average for ever | values that are not finite |
+| the counter is lost on resume | test_ema.py: an average that goes on does not start its ramp over |
+| a step for each micro-batch, or where GradScaler left it out | what counts as an update |
+| resuming from the average instead of the raw weights | the raw weights and the average go on each from its own |
+| inference tensors that later updates cannot modify | inference mode |
+| host syncs from counters on the GPU | no update waits for a device, counters are plain numbers |
+| parameters replaced by `.to()` | test_ema.py: tensors replaced after the first update; a layer that is exchanged |
+| swapping without try/finally | swapping |
+| tied tensors decay twice, or are forgotten | test_ema.py: a tied weight decays once; ties |
 """
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -17,8 +27,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from emaswap import Constant, EmaError, ModelEMA
+from emaswap import Constant, EmaError, InverseGamma, ModelEMA, PowerFunction, Schedule
 from tests.models import Everything
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+NAN = float("nan")
+BAD = [NAN, float("inf"), float("-inf")]
+SCHEDULES: list[Schedule] = [Constant(0.9), PowerFunction(6.94)]
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -75,6 +90,66 @@ def test_a_module_that_cannot_be_copied_is_made_by_a_factory() -> None:
     assert ema.ema.state_dict()["weight"].tolist() == [6, 6]
 
 
+def _normalised() -> nn.Module:
+    return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2)), nn.BatchNorm1d(2))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_factory_makes_an_average_of_weight_normalisation_of_the_old_kind() -> None:
+    """It computes a weight that is no leaf: nothing of it can be copied, and all of it is averaged, in each profile."""
+    model = _normalised()
+    model(torch.randn(4, 3)).sum().backward()
+    with pytest.raises(EmaError, match=r"Sequential cannot be deep-copied .*: give ModelEMA\(..., factory=...\)"):
+        ModelEMA(model)
+    ema = ModelEMA(model, Constant(0.5), profiles={"newest": Constant(0.0)}, factory=_normalised)
+    assert_same(ema.ema, state_of(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    halfway = {
+        name: (e + m) / 2 for (name, e), m in zip(state_of(ema.ema).items(), state_of(model).values(), strict=True)
+    }
+    halfway["1.num_batches_tracked"] = model.state_dict()["1.num_batches_tracked"]
+    assert ema.update(model) is True
+    torch.testing.assert_close(dict(ema.ema.state_dict()), halfway)
+    rows = torch.randn(4, 3)
+    assert torch.equal(ema.profiles["newest"](rows), model.eval()(rows))
+    assert not any(parameter.requires_grad for parameter in ema.ema.parameters())
+    with ema.swapped_into(model):
+        assert torch.equal(ema.ema(rows), model(rows))
+
+
+def test_a_factory_need_not_compile_what_the_model_compiles() -> None:
+    """What `torch.compile` puts into names is no reason not to find them."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
+    ema = ModelEMA(model, Constant(0.0), factory=lambda: nn.Sequential(nn.Linear(2, 2)))
+    for _ in range(2):
+        assert [*map(Tensor.tolist, ema.ema.state_dict().values())] == [
+            *map(Tensor.tolist, model.state_dict().values())
+        ]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        ema.update(model)
+
+
+def test_a_factory_of_another_model_is_an_error() -> None:
+    """What it lacks and what has another shape is named, when the average is made."""
+    with pytest.raises(
+        EmaError, match=r"only in the model: bias; of another shape: weight \[2, 3\], averaged as \[2, 2\]"
+    ):
+        ModelEMA(nn.Linear(3, 2), factory=lambda: nn.Linear(2, 2, bias=False))
+
+
+def test_half_precision_from_a_factory_is_averaged_in_float32() -> None:
+    """It starts at the model's weights, not at the factory's, and is as wide as a copy would be."""
+    model = one(3.0, torch.bfloat16)
+    ema = ModelEMA(model, factory=lambda: one(0.0, torch.bfloat16))
+    weight = ema.ema.state_dict()["weight"]
+    assert (weight.dtype, weight.item()) == (torch.float32, 3)
+
+
 def test_a_parametrized_model_is_copied_and_averaged_after_a_forward_pass() -> None:
     """Spectral and weight normalisation are parametrizations today; both follow, vectors and all."""
     for normalise in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
@@ -110,6 +185,95 @@ def test_a_step_that_is_not_finite_never_enters_the_average(dtype: torch.dtype, 
     assert ema.update(model) is True
     assert (ema.updates, ema.skipped) == (1, 2)
     assert [float(tensor) for tensor in ema.ema.state_dict().values()] == [2, 2]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_one_bad_number_anywhere_leaves_the_average_as_if_that_step_had_not_been(data: st.DataObject) -> None:
+    """Whatever the dtypes and shapes, in a parameter or in a buffer, for every profile and within any interval."""
+    model = nn.Module()
+    names = []
+    for number in range(data.draw(st.integers(1, 4))):
+        shape = data.draw(st.lists(st.integers(1, 4), max_size=3))
+        tensor = torch.zeros(shape, dtype=data.draw(st.sampled_from(FLOATS)))
+        names.append(f"t{number}")
+        if data.draw(st.booleans()):
+            model.register_buffer(names[-1], tensor)
+        else:
+            model.register_parameter(names[-1], nn.Parameter(tensor))
+    every, bad_step = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
+    place = data.draw(st.sampled_from(names))
+    bad = data.draw(st.sampled_from(BAD))
+    schedule = data.draw(st.sampled_from(SCHEDULES))
+    ema, other = (ModelEMA(model, schedule, profiles={"short": Constant(0.5)}, update_every=every) for _ in range(2))
+    for step in range(1, 7):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.fill_(step)
+            if step == bad_step:
+                model.state_dict()[place].view(-1)[-1] = bad
+        # Between two intervals nobody looks, and nothing is taken in.
+        if step == bad_step and step % every == 0:
+            assert ema.update(model) is False
+            assert (ema.updates, ema.skipped) == (step - 1, 1)
+            continue
+        assert ema.update(model) is other.update(model)
+    assert ema.updates == other.updates
+    assert_same(ema.ema, state_of(other.ema))
+    assert_same(ema.profiles["short"], state_of(other.profiles["short"]))
+    assert all(tensor.isfinite().all() for tensor in ema.ema.state_dict().values())
+
+
+def test_infinities_that_cancel_are_found() -> None:
+    """Both signs at once make no number either."""
+    model = nn.Linear(2, 1, bias=False)
+    ema = ModelEMA(model)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[float("inf"), float("-inf")]]))
+    assert ema.update(model) is False
+    assert ema.skipped == 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_largest_finite_values_are_averaged(dtype: torch.dtype) -> None:
+    """Many of the largest numbers of a dtype, whose sum is not one of its own, are no reason to leave a step out."""
+    model = nn.ParameterList([nn.Parameter(torch.full((70_000,), torch.finfo(dtype).max, dtype=dtype))])
+    ema = ModelEMA(model, Constant(0.5))
+    assert ema.update(model) is True
+    assert ema.skipped == 0
+    assert all(tensor.isfinite().all() for tensor in ema.ema.state_dict().values())
+
+
+@pytest.mark.parametrize("schedule", [Constant(0.0), PowerFunction(6.94), InverseGamma()], ids=lambda s: s.name)
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["same dtype", "converted"])
+@pytest.mark.parametrize("on_device", [False, True], ids=["on the host", "on the device"])
+def test_weights_that_are_taken_as_they_are_replace_whatever_was_there(
+    schedule: Schedule, dtype: torch.dtype | None, on_device: bool
+) -> None:
+    """An average that began with what memory happened to hold is healed by a first update that is a copy."""
+    model = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[NAN, float("inf"), -3e38]]))
+    ema = ModelEMA(model, schedule, dtype=dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0, 3e38]]))
+    if on_device:
+        with torch.no_grad():
+            ema._planned(model).run_unless(torch.zeros(1), [1 - schedule(1)])
+    else:
+        ema.update(model)
+    assert torch.equal(ema.ema.state_dict()["weight"], model.weight.detach().to(dtype or torch.float32))
+
+
+def test_an_infinity_that_is_meant_is_copied_along() -> None:
+    """A mask of -inf in a buffer stands in nobody's way where buffers are copied, or it is left out by name."""
+    model = one(1.0)
+    model.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+    for ema in (ModelEMA(model, Constant(0.5), buffers="copy"), ModelEMA(model, Constant(0.5), exclude=["mask"])):
+        nn.init.constant_(model.weight, 3.0)
+        assert ema.update(model) is True
+        assert_same(ema.ema, {"weight": ema.ema.state_dict()["weight"], "mask": state_of(model)["mask"]})
+        nn.init.constant_(model.weight, 1.0)
 
 
 def test_finite_values_whose_sum_overflows_are_averaged() -> None:
@@ -172,6 +336,40 @@ def test_micro_batches_are_no_updates() -> None:
     assert ema.updates == 2
 
 
+def test_micro_batches_change_nothing_in_the_average() -> None:
+    """Called for each micro-batch while it follows the optimizer, it is the average called once a step, to the last bit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    follows, told = ModelEMA(model), ModelEMA(model)
+    follows.follow(optimizer)
+    for micro in range(12):
+        model(torch.randn(4, 2)).square().mean().backward()
+        if micro % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+            told.update(model)
+        follows.update(model)
+    assert follows.updates == told.updates == 3
+    assert_same(follows.ema, state_of(told.ema))
+
+
+def test_a_step_of_any_followed_optimizer_is_an_update() -> None:
+    """Where two optimizers share a model, each step counts, and both together count once."""
+    model = nn.Sequential(one(1.0), one(1.0))
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model]
+    ema = ModelEMA(model)
+    for optimizer in optimizers:
+        ema.follow(optimizer)
+    model(torch.ones(1, 1)).sum().backward()
+    made = []
+    for stepping in ([0], [1], [0, 1], []):
+        for index in stepping:
+            optimizers[index].step()
+        made.append(ema.update(model))
+    assert made == [True, True, True, False]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_scaler_leaves_out_is_no_update(fused: bool) -> None:
     """An overflow that `GradScaler` finds does not count, whoever leaves the step out: the scaler, or a fused kernel."""
@@ -198,6 +396,122 @@ def test_counters_are_plain_numbers() -> None:
     ema.update(model)
     assert type(ema.updates) is int
     assert type(ema.decay(ema.updates)) is float
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.4, 0.0])
+def test_no_update_waits_for_a_device(decay: float) -> None:
+    """On the "meta" device no number can be read at all, and updates go on, guard and all; only `skipped` must wait."""
+    model = Everything().to("meta")
+    ema = ModelEMA(model, Constant(decay), profiles={"short": Constant(0.5)}, update_every=2)
+    with torch.library._scoped_library("aten", "IMPL", "Meta") as library:
+        library.impl("_fused_sgd_", lambda *_, **__: None)  # torch has none, and there is nothing to compute
+        assert [ema.update(model) for _ in range(4)] == [False, True] * 2
+    assert ema.updates == 4
+    with pytest.raises(RuntimeError, match="item"):
+        _ = ema.skipped
+
+
+# -- ties ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("register", [nn.Module.register_buffer, nn.Module.register_parameter])
+def test_weights_in_the_same_memory_decay_once(register: Callable[..., None]) -> None:
+    """Tied not as one tensor but as two over the same numbers, they are still averaged once."""
+    model, memory = nn.Module(), torch.ones(2)
+    for name in ("one", "other"):
+        register(model, name, nn.Parameter(memory) if register is nn.Module.register_parameter else memory.detach())
+    ema = ModelEMA(model, Constant(0.5))
+    memory.zero_()
+    ema.update(model)
+    assert [tensor.tolist() for tensor in ema.ema.state_dict().values()] == [[0.5, 0.5]] * 2
+
+
+def test_weights_that_were_tied_when_the_average_was_made_must_stay_so() -> None:
+    """One tensor cannot follow two; to go on with the first in silence would lose the second."""
+    model = Everything()
+    ema = ModelEMA(model)
+    model.decode.weight = nn.Parameter(torch.zeros(6, 6))
+    with pytest.raises(EmaError, match=r"tied only in the average: decode\.weight"):
+        ema.update(model)
+
+
+@pytest.mark.parametrize("pattern", ["encode.*", "decode.*"])
+def test_a_tied_weight_is_left_out_under_each_of_its_names(pattern: str) -> None:
+    """Whichever name is excluded, the tensor that it names is copied."""
+    model = Everything()
+    ema = ModelEMA(model, Constant(0.5), exclude=[pattern])
+    nn.init.constant_(model.encode.weight, 7.0)
+    ema.update(model)
+    assert torch.equal(ema.ema.state_dict()["decode.weight"], model.decode.weight)
+
+
+# -- what is exchanged ---------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_is_exchanged_is_followed() -> None:
+    """A layer put in another's place between two updates is the one that is averaged from then on."""
+    model = nn.Sequential(one(1.0), one(1.0))
+    ema = ModelEMA(model, Constant(0.0))
+    ema.update(model)
+    model[0] = one(5.0)
+    ema.update(model)
+    assert [tensor.item() for tensor in ema.ema.state_dict().values()] == [5, 1]
+
+
+# -- inference mode ------------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Puts new tensors in the place of its buffers at each forward pass."""
+
+    seen: Tensor
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("seen", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.seen = self.seen + len(rows)
+        self.mean = 0.5 * self.mean + 0.5 * rows.mean(dim=0)
+        out: Tensor = self.layer(rows - self.mean)
+        return out
+
+
+@pytest.mark.parametrize("evaluated", ["the average", "a profile", "the model", "in its place"])
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_evaluating_in_inference_mode_does_not_stop_the_updates(
+    evaluated: str, buffers: Literal["average", "copy"]
+) -> None:
+    """Whoever leaves inference tensors in whose state, the next update takes the model's as ever, and training goes on."""
+    model = Counting()
+    ema = ModelEMA(model, Constant(0.5), profiles={"short": Constant(0.0)}, buffers=buffers)
+    model(torch.ones(2, 2))
+    ema.update(model)
+    modules = {"the average": ema.ema, "a profile": ema.profiles["short"], "the model": model, "in its place": model}
+    with torch.inference_mode():
+        if evaluated == "in its place":
+            with ema.swapped_into(model):
+                model(torch.full((2, 2), 5.0))
+        else:
+            modules[evaluated](torch.full((2, 2), 5.0))
+    model(torch.ones(2, 2)).sum().backward()
+    assert ema.update(model) is True
+    assert_same(ema.profiles["short"], state_of(model))
+    assert ema.ema.state_dict()["seen"].item() == (6 if evaluated == "the model" else 4)
+
+
+def test_an_average_made_in_inference_mode_is_updated() -> None:
+    """It consists of inference tensors from the start, and follows all the same."""
+    model = Everything()
+    with torch.inference_mode():
+        ema = ModelEMA(model, Constant(0.0), profiles={"short": Constant(0.0)})
+    model(torch.randn(4, 6))
+    ema.update(model)
+    assert_same(ema.ema, state_of(model))
+    assert_same(ema.profiles["short"], state_of(model))
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------
@@ -263,3 +577,99 @@ def test_a_block_that_fails_gives_the_model_its_own_weights_back() -> None:
     assert_same(model, own)
     assert model.training
     assert ema.update(model) is True
+
+
+def _half(model: nn.Module) -> None:
+    model.half()
+
+
+def _assign(model: nn.Module) -> None:
+    model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def _layer(model: nn.Module) -> None:
+    assert isinstance(model, Counting)
+    model.layer.weight = nn.Parameter(torch.zeros(2, 2))
+
+
+def _data(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter)
+
+
+def _forward(model: nn.Module) -> None:
+    model(torch.full((3, 2), 9.0))
+
+
+@pytest.mark.parametrize("inside", [_half, _assign, _layer, _data, _forward])
+def test_tensors_exchanged_inside_a_block_are_changed_back(inside: Callable[[nn.Module], None]) -> None:
+    """However the block leaves the model, after it the model has its own tensors: the objects, the dtypes, the bits."""
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 2))
+    ema = ModelEMA(model, Constant(0.5))
+    nn.init.constant_(model.layer.weight, 3.0)
+    ema.update(model)
+    own, objects = state_of(model), [*model.parameters(), *model.buffers()]
+    with ema.swapped_into(model):
+        inside(model)
+    assert_same(model, own)
+    assert all(one is other for one, other in zip([*model.parameters(), *model.buffers()], objects, strict=True))
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.layer.weight, own["layer.weight"])
+    assert ema.update(model) is True
+
+
+def test_a_block_leaves_training_and_evaluation_as_they_are() -> None:
+    """Neither the mode of a module nor what needs gradients changes, inside or after."""
+    model = Everything()
+    model.norm.eval()
+    model.encode.requires_grad_(False)
+    ema = ModelEMA(model)
+    modes = [module.training for module in model.modules()]
+    gradients = [parameter.requires_grad for parameter in model.parameters()]
+    with ema.swapped_into(model):
+        assert [module.training for module in model.modules()] == modes
+        assert [parameter.requires_grad for parameter in model.parameters()] == gradients
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == gradients
+
+
+def test_odd_bits_survive_a_block() -> None:
+    """Weights that are not finite, negative zeros and subnormal numbers come back as they were."""
+    model = nn.ParameterList([nn.Parameter(torch.tensor([NAN, float("inf"), -0.0, 1e-45, -1e-45]))])
+    ema = ModelEMA(model)
+    before = model[0].detach().clone().view(torch.int32)
+    with ema.swapped_into(model):
+        nn.init.zeros_(model[0])
+    assert torch.equal(model[0].detach().view(torch.int32), before)
+
+
+def test_gradients_survive_a_block() -> None:
+    """Between backward pass and step, evaluating the average does not touch the step."""
+    stepped = []
+    for evaluates in (False, True):
+        torch.manual_seed(0)
+        model = Everything()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ema = ModelEMA(model)
+        model(torch.randn(4, 6)).sum().backward()
+        if evaluates:
+            with ema.swapped_into(model), torch.no_grad():
+                model(torch.randn(4, 6))
+        optimizer.step()
+        stepped.append(state_of(model))
+    torch.testing.assert_close(*stepped, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))], ids=["copy", "pickle"])
+def test_a_copy_made_inside_a_block_is_outside_of_it(again: Callable[[ModelEMA], ModelEMA]) -> None:
+    """A snapshot taken while the model is being evaluated can be updated and swapped like any other."""
+    model = Everything()
+    ema = ModelEMA(model)
+    with ema.swapped_into(model):
+        copied = again(ema)
+    assert copied.update(model) is True
+    with copied.swapped_into(model):
+        assert_same(model, state_of(copied.ema))

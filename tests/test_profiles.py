@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from emaswap import Constant, CountRamp, EmaError, ExponentialRamp, InverseGamma, ModelEMA, PowerFunction, Schedule
+from emaswap import (
+    Constant,
+    CountRamp,
+    EmaError,
+    ExponentialRamp,
+    InverseGamma,
+    ModelEMA,
+    PowerFunction,
+    Scaled,
+    Schedule,
+)
 from tests.models import Everything
-from tests.test_ema_traps import assert_same, state_of
+from tests.test_ema_traps import assert_same, one, state_of, weight_of
 
 SCHEDULES: list[Schedule] = [
     Constant(0.9),
@@ -21,6 +31,7 @@ SCHEDULES: list[Schedule] = [
     CountRamp(0.99),
     InverseGamma(0.99),
     PowerFunction.from_sigma_rel(0.1),
+    Scaled(ExponentialRamp(0.99, 20), 4.0),
 ]
 PROFILES: dict[str, Schedule] = {"short": Constant(0.5), "power": PowerFunction(6.94)}
 
@@ -67,6 +78,120 @@ def test_profiles_equal_as_many_averages_to_the_last_bit(monkeypatch: pytest.Mon
     for name, module in {"": together.ema, **together.profiles}.items():
         assert_same(module, state_of(apart[name].ema))
     assert together.ema.state_dict()["image"].is_contiguous(memory_format=torch.channels_last)
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.int64, torch.bool]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda tensor: tensor,
+    "turned": lambda tensor: tensor.t().contiguous().t() if tensor.dim() == 2 else tensor,
+    "gaps": lambda tensor: torch.stack([tensor, tensor], dim=-1)[..., 0],
+}
+
+
+@st.composite
+def modules(draw: st.DrawFn) -> nn.Module:
+    """Some tensors of any dtype, shape and layout, parameters and buffers, some of them tied."""
+    module = nn.Module()
+    for number in range(draw(st.integers(1, 5))):
+        shape = draw(st.lists(st.integers(0, 5), max_size=3))
+        tensor = torch.ones(shape, dtype=draw(st.sampled_from(DTYPES)))
+        tensor = draw(st.sampled_from(list(LAYOUTS.values())))(tensor)
+        if draw(st.booleans()) and (tensor.is_floating_point() or tensor.is_complex()):
+            module.register_parameter(f"t{number}", nn.Parameter(tensor))
+            if draw(st.booleans()):
+                module.register_parameter(f"tied{number}", module.get_parameter(f"t{number}"))
+        else:
+            module.register_buffer(f"t{number}", tensor)
+    return module
+
+
+def random_(module: nn.Module) -> None:
+    """Other numbers in every tensor, of any dtype."""
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape).mul(10))
+
+
+@settings(deadline=None, max_examples=60)
+@given(modules(), st.integers(1, 40), st.sampled_from([None, torch.float32, torch.float64]), st.integers(1, 3))
+def test_any_module_has_the_profiles_that_as_many_averages_would_have(
+    model: nn.Module, slice_size: int, dtype: torch.dtype | None, every: int
+) -> None:
+    """Whatever the tensors are, wherever they are cut, and into which dtype they are averaged: the same bits."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emaswap.plan._SLICE", slice_size)
+        together = ModelEMA(model, Constant(0.9), profiles=PROFILES, dtype=dtype, update_every=every)
+        apart = {
+            name: ModelEMA(model, schedule, dtype=dtype, update_every=every)
+            for name, schedule in {"": Constant(0.9), **PROFILES}.items()
+        }
+        for _ in range(4):
+            random_(model)
+            for ema in (together, *apart.values()):
+                ema.update(model)
+    for name, module in {"": together.ema, **together.profiles}.items():
+        assert_same(module, state_of(apart[name].ema))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    modules(),
+    st.lists(st.one_of(st.just(0.0), st.floats(1e-4, 1), st.just(0.5), st.just(1.0)), min_size=3, max_size=3),
+    st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16]),
+    st.booleans(),
+)
+def test_the_pass_that_minds_a_flag_on_the_device_is_the_plain_one_or_nothing(
+    model: nn.Module, weights: list[float], dtype: torch.dtype | None, found: bool
+) -> None:
+    """`run_unless` takes any tensors, weights and dtypes, and does what `run` does, unless the flag forbids it."""
+    torch.manual_seed(0)
+    random_(model)
+    ema, other = (ModelEMA(model, profiles=PROFILES, dtype=dtype) for _ in range(2))
+    random_(model)
+    before = [state_of(module) for module in (ema.ema, *ema.profiles.values())]
+    with torch.no_grad():
+        ema._planned(model).run_unless(torch.tensor([float(found)]), weights)
+        other._planned(model).run(weights)
+    for module, plain, unchanged in zip(
+        (ema.ema, *ema.profiles.values()), (other.ema, *other.profiles.values()), before, strict=True
+    ):
+        if found:
+            assert_same(module, unchanged)
+        else:
+            for mine, expected in zip(module.state_dict().values(), plain.state_dict().values(), strict=True):
+                # From a sum that nearly cancels, rounding is as large as that of what was added.
+                precision = torch.finfo(mine.dtype).eps if mine.is_floating_point() or mine.is_complex() else 0
+                torch.testing.assert_close(mine, expected, rtol=2 * precision, atol=100 * precision)
+
+
+def test_an_empty_tensor_may_come_first() -> None:
+    """A layer without inputs has weights, too: none."""
+    model = nn.ParameterList([nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.zeros(2))])
+    ema = ModelEMA(model, Constant(0.5), profiles=PROFILES)
+    nn.init.ones_(model[1])
+    assert ema.update(model) is True
+    assert ema.ema.state_dict()["1"].tolist() == [0.5, 0.5]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.dictionaries(st.text("abc", min_size=1), st.sampled_from(SCHEDULES), max_size=3), st.integers(1, 4))
+def test_every_profile_follows_the_formula_of_its_own_schedule(profiles: dict[str, Schedule], every: int) -> None:
+    """Against double precision, each with the product of its own decays over an interval."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    schedules = {"": Constant(0.99), **profiles}
+    ema = ModelEMA(model, schedules[""], profiles=profiles, update_every=every)
+    expected = dict.fromkeys(schedules, model.weight.detach().double())
+    for end in range(every, 24, every):
+        for _ in range(every):
+            drift_(model)
+            ema.update(model)
+        for name, schedule in schedules.items():
+            decay = math.prod(schedule(number) for number in range(end - every + 1, end + 1))
+            expected[name] = decay * expected[name] + (1 - decay) * model.weight.detach().double()
+    for name, module in {"": ema.ema, **ema.profiles}.items():
+        torch.testing.assert_close(module.state_dict()["weight"].double(), expected[name], rtol=1e-5, atol=1e-5)
 
 
 @given(
@@ -119,6 +244,28 @@ def test_half_precision_is_averaged_in_float32_unless_told_otherwise() -> None:
     assert ModelEMA(Zoo(), dtype=torch.float64).ema.state_dict()["large"].dtype == torch.float64
 
 
+def test_an_interval_that_begins_late_goes_on_with_the_count_it_was_given() -> None:
+    """`updates` counts those before: the first interval has the decays that come after them."""
+    model = one(0.0)
+    ema = ModelEMA(model, CountRamp(), updates=10, update_every=2)
+    nn.init.ones_(model.weight)
+    assert [ema.update(model), ema.update(model)] == [False, True]
+    assert weight_of(ema.ema) == pytest.approx(1 - (12 / 21) * (13 / 22))
+
+
+def test_an_interval_whose_end_is_left_out_ends_with_the_next_step() -> None:
+    """The decays of all steps since the last interval are in it, that of the step left out apart."""
+    model = one(0.0)
+    ema = ModelEMA(model, Constant(0.5), update_every=3)
+    made = []
+    for value in (1.0, 1.0, float("nan"), 1.0, 1.0):
+        nn.init.constant_(model.weight, value)
+        made.append(ema.update(model))
+    assert made == [False, False, False, True, False]
+    assert (ema.updates, ema.skipped) == (4, 1)
+    assert weight_of(ema.ema) == 1 - 0.5**3
+
+
 def test_an_interval_below_1_is_an_error() -> None:
     """The message says what came."""
     with pytest.raises(EmaError, match="at least 1, got 0"):
@@ -139,6 +286,40 @@ def test_a_profile_can_be_swapped_into_the_model() -> None:
     assert_same(model, own)
     with pytest.raises(EmaError, match="no profile 'long': there are short, power"), ema.swapped_into(model, "long"):
         pass
+
+
+@pytest.mark.parametrize("profile", [None, "short", "power"])
+def test_a_wide_average_is_swapped_into_a_narrow_model(profile: str | None) -> None:
+    """In the block a bfloat16 model has the average rounded to it, and after it its own bits."""
+    torch.manual_seed(0)
+    model = Zoo().bfloat16()
+    ema = ModelEMA(model, Constant(0.9), profiles=PROFILES)
+    for _ in range(3):
+        drift_(model)
+        ema.update(model)
+    own = state_of(model)
+    average = ema.ema if profile is None else ema.profiles[profile]
+    with ema.swapped_into(model, profile):
+        assert_same(model, {name: tensor.to(own[name].dtype) for name, tensor in state_of(average).items()})
+    assert_same(model, own)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_swapped_inside_its_wrapper(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """What the wrapper computes inside the block is what the average computes."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    wrapper = wrap(model)
+    ema = ModelEMA(wrapper, Constant(0.5))
+    drift_(model)
+    ema.update(wrapper)
+    rows = torch.randn(4, 3)
+    with torch.no_grad():
+        own = wrapper(rows)
+        with ema.swapped_into(wrapper):
+            assert torch.equal(wrapper(rows), ema.ema(rows))
+        assert torch.equal(wrapper(rows), own)
+    assert not torch.equal(ema.ema(rows), own)
 
 
 # -- going on ------------------------------------------------------------------------------------------------------
@@ -184,6 +365,39 @@ class Halving:
 
     def describe(self) -> dict[str, str | float]:
         return {"schedule": "halving"}
+
+
+@pytest.mark.parametrize("again", [_pickled, copy.deepcopy])
+def test_a_schedule_of_ones_own_goes_along(again: Callable[[ModelEMA], ModelEMA]) -> None:
+    """It is a profile like any other, in a copy too, as long as the class can be found."""
+    model = one(0.0)
+    ema = again(ModelEMA(model, Constant(0.9), profiles={"own": Halving()}))
+    nn.init.ones_(model.weight)
+    ema.update(model)
+    assert weight_of(ema.profiles["own"]) == 0.5
+
+
+def test_what_was_left_out_is_still_counted_after_loading() -> None:
+    """`skipped` is part of the state, and a state may lack what it did not have before."""
+    model = one(1.0)
+    first, second, old = (ModelEMA(model, Constant(0.5)) for _ in range(3))
+    nn.init.constant_(model.weight, float("nan"))
+    first.update(model)
+    state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state)
+    assert (second.updates, second.skipped) == (0, 1)
+    old.load_state_dict({"updates": 5, "ema": state["ema"]})
+    assert (old.updates, old.skipped, old.decay) == (5, 0, Constant(0.5))
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    """Neither counts nor schedules nor weights are taken from a state of other profiles."""
+    model = one(1.0)
+    ema = ModelEMA(model, Constant(0.5), updates=3)
+    nn.init.constant_(model.weight, 2.0)
+    with pytest.raises(EmaError):
+        ema.load_state_dict(ModelEMA(model, Constant(0.9), updates=7, profiles=PROFILES).state_dict())
+    assert (ema.updates, ema.decay, weight_of(ema.ema)) == (3, Constant(0.5), 1.0)
 
 
 def test_what_cannot_be_taken_over_is_an_error() -> None:
