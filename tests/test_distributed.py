@@ -48,6 +48,7 @@ def assert_close(found: Path, expected: Path, tolerance: float) -> None:
     assert newest(found).ema == newest(expected).ema
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
     [
@@ -71,6 +72,7 @@ def test_two_ranks_publish_what_one_process_does(
     assert_close(tmp_path / "two", tmp_path / "one", tolerance)
 
 
+@pytest.mark.ranks
 @pytest.mark.long
 def test_compiled_ranks_publish_what_one_process_does(tmp_path: Path, in_process: None) -> None:
     """Graphs that are cut where ranks wait for one another compute the same, in parts, too."""
@@ -81,6 +83,7 @@ def test_compiled_ranks_publish_what_one_process_does(tmp_path: Path, in_process
     assert_close(tmp_path / "two", tmp_path / "one", 1e-9)
 
 
+@pytest.mark.ranks
 def test_ranks_understand_one_another(tmp_path: Path) -> None:
     """Batch norm over ranks is batch norm over all rows, gradients included; flags, means and buffers are shared.
 
@@ -150,6 +153,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 # -- ending --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ranks
 def test_stopping_one_rank_stops_all_and_they_go_on_from_there(tmp_path: Path) -> None:
     """A signal to any one ends all with 0 after the same step; resumed, the weights are those of ranks left alone."""
     with Trainer(tmp_path, tmp_path / "uninterrupted", ranks=2) as trainer:
@@ -168,6 +172,7 @@ def test_stopping_one_rank_stops_all_and_they_go_on_from_there(tmp_path: Path) -
     assert_same_end(store, tmp_path / "uninterrupted")
 
 
+@pytest.mark.ranks
 def test_another_number_of_ranks_may_go_on_and_it_is_said(tmp_path: Path) -> None:
     """A run may move to fewer devices; what is not bit-exact about it stands in the output."""
     resume = ("--resume", str(tmp_path / "resume"))
@@ -195,6 +200,7 @@ def take_the_store(trainer: Trainer, store: DirectoryStore) -> None:
         other.publish(ModelEMA(NoisyNet()), step=12345)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("happen", [kill_the_other, take_the_store], ids=["killed", "taken over"])
 def test_when_one_rank_fails_all_end(tmp_path: Path, happen: Callable[[Trainer, DirectoryStore], None]) -> None:
     """The others do not wait for a rank that has gone: an error, soon, and a store in good order."""

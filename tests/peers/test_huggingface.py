@@ -288,6 +288,7 @@ def test_evaluating_outside_of_training_needs_no_average(store: DirectoryStore, 
     assert published(store)[-1].training.step == 12
 
 
+@pytest.mark.ranks
 def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
     """With data parallelism over two processes, one of them publishes, and it is the average of what both train."""
     script = tmp_path / "script.py"

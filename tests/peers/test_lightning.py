@@ -281,6 +281,7 @@ def test_several_averages_in_one_trainer(store: DirectoryStore, tmp_path: Path) 
     assert not any(torch.equal(averaged[name], copied[name]) for name in names)
 
 
+@pytest.mark.ranks
 def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
     """With data parallelism over two processes, one of them publishes, and it is the average of what both train."""
     script = tmp_path / "script.py"
