@@ -2,10 +2,21 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _split(value: object) -> object:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)):
+        return values
+    return tuple(part.strip() for text in values for part in str(text).split(",") if part.strip())
+
+
+CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""Texts that may be given one by one, by repeating the flag, or separated by commas."""
 
 
 class CommandSettings(BaseSettings):

@@ -1,13 +1,13 @@
 """The service's settings: each a flag and an `EMASWAP_...` variable, read once."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
-from pydantic_settings import NoDecode, SettingsConfigDict
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from emaswap.architecture import TRUSTED_BY_DEFAULT
-from emaswap.settings import CommandSettings
+from emaswap.settings import CommandSettings, CommaSeparated
 
 
 class ServiceSettings(CommandSettings):
@@ -21,7 +21,7 @@ class ServiceSettings(CommandSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one, which the log names.")
-    trust: Annotated[tuple[str, ...], NoDecode] = Field(
+    trust: CommaSeparated = Field(
         (),
         description="Factory to trust besides those of emaswap.models, as `package.module:factory` or `package.*`; "
         "may be repeated, or separated by commas.",
@@ -48,14 +48,6 @@ class ServiceSettings(CommandSettings):
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Log lines as JSON or as text; `auto` is text on a terminal and JSON elsewhere."
     )
-
-    @field_validator("trust", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, (list, tuple)):
-            return values
-        return tuple(part.strip() for text in values for part in str(text).split(",") if part.strip())
 
     @property
     def trusted(self) -> tuple[str, ...]:

@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import NoDecode, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
-from emaswap.settings import CommandSettings
+from emaswap.settings import CommandSettings, CommaSeparated
 
 # Of a version's variant.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -83,7 +83,7 @@ class TrainerSettings(CommandSettings):
     ema_buffers: Literal["average", "copy"] = Field(
         "average", description="Whether floating-point buffers (batch norm's statistics) are averaged or copied."
     )
-    ema_profile: Annotated[tuple[str, ...], NoDecode] = Field(
+    ema_profile: CommaSeparated = Field(
         (),
         description="Further average to keep, evaluate and publish as a variant: `NAME=SIGMA_REL` of a power function; "
         "may be repeated, or separated by commas.",
@@ -100,14 +100,6 @@ class TrainerSettings(CommandSettings):
         gt=0,
         description="Seconds that ranks wait for one another before the run fails; rank 0 evaluates and saves alone.",
     )
-
-    @field_validator("ema_profile", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, (list, tuple)):
-            return values
-        return tuple(part.strip() for text in values for part in str(text).split(",") if part.strip())
 
     @field_validator("ema_profile")
     @classmethod
