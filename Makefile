@@ -9,7 +9,7 @@ TESTED := .venv/tested
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-ranks test-engine test-peers check bench compare format clean
+.PHONY: help demo test test-long test-engine test-peers check bench compare format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,21 +26,18 @@ demo: $(INSTALLED) ## trainer and service together on real data, for about a min
 
 test: $(INSTALLED) ## the tests; they leave the branch coverage that `make check` looks at
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m 'not long and not engine and not peers and not ranks'
+	$(BIN)/coverage run -m pytest -m 'not long and not engine and not peers'
 	@$(BIN)/coverage combine --quiet
 	@touch $(TESTED)
 
 test-long: $(INSTALLED) ## the tests that take minutes
-	$(BIN)/python -m pytest -m 'long and not ranks'
-
-test-ranks: $(INSTALLED) ## the tests in which several processes train together
-	$(BIN)/python -m pytest -m 'ranks and not peers'
+	$(BIN)/python -m pytest -m long
 
 test-engine: $(INSTALLED) ## the tests in a Docker engine, which they start themselves if none runs
 	$(BIN)/python -m pytest -m engine
 
 test-peers: $(PEERS)/installed ## the tests against the averages and training frameworks of others
-	$(PEERS)/bin/python -m pytest -m 'peers and not ranks'
+	$(PEERS)/bin/python -m pytest -m peers
 
 $(PEERS)/installed: pyproject.toml constraints.txt constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)

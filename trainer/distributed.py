@@ -8,7 +8,6 @@ import gc
 import inspect
 import itertools
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +23,6 @@ from trainer.batch_norm import synchronise
 from trainer.tasks import Batch
 
 _CPU = torch.device("cpu")
-_SETTLE_S = 0.2
 # torch renamed it.
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
@@ -141,13 +139,12 @@ def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise EmaswapError(f"cannot join the other ranks: {error}") from error
     yield Ranks(distributed.get_rank(), distributed.get_world_size(), local, chosen, grouped=True)
-    # Gloo's threads let go of the last tensors under a lock, for which they need the interpreter's; taking the group down
-    # holds the interpreter's and waits for theirs. So they get the time to be done first.
-    time.sleep(_SETTLE_S)
+    # What still knows the group (a wrapped module in a cycle) goes first. Were it the last to let go of the group, that would
+    # wait for gloo's threads with the interpreter's lock held, which they need to let go of a tensor: none would ever end.
+    # Kept for longer than the group, it would have those threads abort an interpreter that ends.
+    gc.collect()
     # Not after an error: taking a group down waits for ranks that may be gone.
     distributed.destroy_process_group()
-    # What still knows the group (a module in a cycle) keeps its threads, and they abort an interpreter that ends.
-    gc.collect()
 
 
 def _device_of(local: int) -> torch.device:

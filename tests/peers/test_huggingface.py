@@ -288,7 +288,6 @@ def test_evaluating_outside_of_training_needs_no_average(store: DirectoryStore, 
     assert published(store)[-1].training.step == 12
 
 
-@pytest.mark.ranks
 def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
     """With data parallelism over two processes, one of them publishes, and it is the average of what both train."""
     script = tmp_path / "script.py"
@@ -298,11 +297,15 @@ def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
         "prepare()\n"
         "from tests.peers.oracle import assert_close\n"
         "from tests.peers.test_huggingface import Fit, callback\n"
+        "from tests.peers.nets import leave_group\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "averaging = callback(folder / 'store')\n"
-        "fit = Fit(folder, averaging, save_strategy='epoch').train()\n"
-        "assert fit.trainer.state.global_step == 6\n"
-        "assert_close(averaging.ema.ema.state_dict(), fit.recorder.averages[6])\n"
+        "def main():\n"
+        "    averaging = callback(folder / 'store')\n"
+        "    fit = Fit(folder, averaging, save_strategy='epoch').train()\n"
+        "    assert fit.trainer.state.global_step == 6\n"
+        "    assert_close(averaging.ema.ema.state_dict(), fit.recorder.averages[6])\n"
+        "main()\n"
+        "leave_group()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -281,7 +281,6 @@ def test_several_averages_in_one_trainer(store: DirectoryStore, tmp_path: Path) 
     assert not any(torch.equal(averaged[name], copied[name]) for name in names)
 
 
-@pytest.mark.ranks
 def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
     """With data parallelism over two processes, one of them publishes, and it is the average of what both train."""
     script = tmp_path / "script.py"
@@ -292,13 +291,18 @@ def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
         "prepare()\n"
         "from tests.peers.oracle import assert_close\n"
         "from tests.peers.test_lightning import callback, fit, task\n"
+        "from tests.peers.nets import leave_group\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "model = task()\n"
-        "averaging = callback(folder / 'store', validate_with_ema=True)\n"
-        "trainer = fit(model, averaging, strategy='ddp', devices=2)\n"
-        "assert trainer.global_step == 6, trainer.global_step\n"
-        "assert_close(averaging.ema.ema.state_dict(), model.recorder.averages[6])\n"
-        "(folder / f'rank-{trainer.global_rank}-ended-well').touch()\n"
+        "def main():\n"
+        "    model = task()\n"
+        "    averaging = callback(folder / 'store', validate_with_ema=True)\n"
+        "    trainer = fit(model, averaging, strategy='ddp', devices=2)\n"
+        "    assert trainer.global_step == 6, trainer.global_step\n"
+        "    assert_close(averaging.ema.ema.state_dict(), model.recorder.averages[6])\n"
+        "    return trainer.global_rank\n"
+        "rank = main()\n"
+        "leave_group()\n"
+        "(folder / f'rank-{rank}-ended-well').touch()\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, str(script)], cwd=ROOT, env=environment, check=True, timeout=200)
