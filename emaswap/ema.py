@@ -6,8 +6,9 @@ Knows modules and tensors, and nothing of stores, versions or training loops.
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -110,6 +111,8 @@ class ModelEMA:
             dtype: of the averages' floating-point state; by default the model's, and float32 for half precision.
             factory: makes the module to average in, for a model that cannot be deep-copied.
             guard: whether to look for weights that are not finite before they are taken in.
+
+        Raises `EmaError` when the model cannot be copied, the factory makes another one, or `exclude` names nothing in it.
         """
         if update_every < 1:
             raise EmaError(f"update_every is at least 1, got {update_every}")
@@ -124,6 +127,7 @@ class ModelEMA:
         self.update_every = update_every
         self.buffers: Buffers = buffers
         self.exclude = tuple(exclude)
+        _check_named(self.exclude, self.ema)
         self.guard = guard
         self._behind = 0
         self._skipped = 0
@@ -256,16 +260,18 @@ class ModelEMA:
         """Go on exactly from what `state_dict` returned: without the count, a ramp would start over and forget the average.
 
         The saved schedules are taken over, too. A schedule class of your own, which cannot be made by name, must be
-        given at construction as it was. Raises `EmaError` when it was not, or when the profiles are others.
+        given at construction as it was. Raises `EmaError` when it was not, or when the profiles or the tensors are
+        others; nothing has changed then.
         """
         profiles = state.get("profiles", {})
         if profiles.keys() != self.profiles.keys():
             raise EmaError(f"the state has the profiles {sorted(profiles)}, this average {sorted(self.profiles)}")
         decay = _restored(self.decay, state.get("schedule"))
         schedules = {name: _restored(self.schedules[name], saved["schedule"]) for name, saved in profiles.items()}
-        self.ema.load_state_dict(state["ema"])
-        for name, saved in profiles.items():
-            self.profiles[name].load_state_dict(saved["ema"])
+        _load_all(
+            [self.ema, *(self.profiles[name] for name in profiles)],
+            [state["ema"], *(saved["ema"] for saved in profiles.values())],
+        )
         self.decay, self.schedules = decay, schedules
         self.update_every = state.get("update_every", self.update_every)
         self.updates, self._behind = state["updates"], state.get("behind", 0)
@@ -327,6 +333,29 @@ def _reshard(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, fsdp.FSDPModule):
             child.reshard()
+
+
+def _check_named(patterns: Iterable[str], module: nn.Module) -> None:
+    """Raises `EmaError` for a pattern that names no tensor: a misspelt one would be averaged in silence."""
+    names = [name.replace("_orig_mod.", "") for name in module.state_dict()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise EmaError(f"exclude={pattern!r} names nothing that is averaged: there are {', '.join(names[:10])} ...")
+
+
+def _load_all(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) -> None:
+    """Load each module's state, or none: torch's own loading has taken in what fits when it raises."""
+    before = [
+        {name: value.clone() if isinstance(value, Tensor) else value for name, value in module.state_dict().items()}
+        for module in modules
+    ]
+    try:
+        for module, state in zip(modules, states, strict=True):
+            module.load_state_dict(state)
+    except RuntimeError as error:
+        for module, state in zip(modules, before, strict=True):
+            module.load_state_dict(state)
+        raise EmaError(f"the saved state is not of this average: {error}") from error
 
 
 def _restored(schedule: Schedule, description: Mapping[str, Any] | None) -> Schedule:

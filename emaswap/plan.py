@@ -46,7 +46,7 @@ class Plan:
         self._fused_averages: list[list[Tensor]] = [[] for _ in averages]
         self._converted: list[tuple[Tensor, list[Tensor]]] = []
         self._copied: list[tuple[Tensor, list[Tensor]]] = []
-        self._sharded = False
+        self._meshes: dict[Any, None] = {}
         done: dict[object, object] = {}
         for name, average in averaged[0].items():
             memory = _memory(average)
@@ -55,7 +55,8 @@ class Plan:
                     raise EmaError(f"the model is not the one that is being averaged: tied only in the average: {name}")
                 continue
             done[memory] = _memory(weights[name])
-            self._sharded |= hasattr(average, "_local_tensor")
+            if mesh := getattr(average, "device_mesh", None):
+                self._meshes[mesh] = None
             weight, followers = _local(weights[name]), [_local(each[name]) for each in averaged]
             is_number = average.is_floating_point() or average.is_complex()
             if not is_number or memory in copied:
@@ -100,9 +101,11 @@ class Plan:
             filled = [weight for weight in weights if weight.numel()]  # an empty one has no norm
             norms = [norm.to(device) for norm in torch._foreach_norm(filled, float("inf"))] if filled else []
             flag = (~torch.isfinite(torch.stack([torch.zeros((), device=device), *norms])).all()).float().reshape(1)
-        if self._sharded:
-            # One process's part decides for all, or their averages would no longer belong together.
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        # One process's part decides for all that share a tensor, or their averages would no longer belong together. Of
+        # meshes within one another the largest comes last, so that all learn what was found in a part.
+        for mesh in sorted(self._meshes, key=lambda mesh: mesh.size()):
+            for dimension in range(mesh.ndim):
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, mesh.get_group(dimension))
         return flag
 
     def run(self, weights: Sequence[float]) -> None:

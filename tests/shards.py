@@ -3,17 +3,20 @@
 What came of each check on this rank is written to the folder: nothing, or the traceback.
 """
 
+import gc
 import json
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -39,15 +42,15 @@ class Net(nn.Module):
         return out
 
 
-def sharded(seed: int = 1) -> Net:
+def sharded(seed: int = 1, mesh: DeviceMesh | None = None) -> Net:
     """A network in shards, the same on all ranks: one layer by itself, and the rest as the root's.
 
     As a factory's, its initial weights are not the model's: an average must start at those of the model all the same.
     """
     torch.manual_seed(seed)
     net = Net()
-    fully_shard(net.first)
-    fully_shard(net)
+    fully_shard(net.first, mesh=mesh)
+    fully_shard(net, mesh=mesh)
     return net
 
 
@@ -116,6 +119,35 @@ def check_a_number_that_is_not_finite_on_one_rank_is_left_out_on_all() -> None:
     assert_same(whole(ema.ema), before)
     assert ema.update(model) is True
     assert (ema.updates, ema.skipped) == (1, 3)
+
+
+def check_only_those_who_share_a_tensor_decide_together() -> None:
+    """Stages of a pipeline update when they are ready, without the others; what is not finite in one concerns it alone."""
+    rank = distributed.get_rank()
+    stages = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("stage", "shard"))
+
+    def stage() -> Net:
+        return sharded(seed=0, mesh=stages["shard"])
+
+    model = stage()
+    ema = ModelEMA(model, Constant(0.5), factory=stage)
+    if rank == 1:
+        shards(model)[0].fill_(float("nan"))
+    for _ in range(rank + 1):
+        assert ema.update(model) is (rank == 0)
+    assert ema.skipped == (0, 2)[rank]
+
+
+def check_replicas_of_shards_decide_together() -> None:
+    """In a mesh of two dimensions what is not finite on one rank is left out on all."""
+    for shape in ((1, RANKS), (RANKS, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        model = sharded(seed=0, mesh=mesh)
+        ema = ModelEMA(model, Constant(0.5), factory=partial(sharded, mesh=mesh))
+        if distributed.get_rank() == 1:
+            shards(model)[0].fill_(float("nan"))
+        assert ema.update(model) is False
+        assert ema.skipped == 1
 
 
 def check_a_sharded_model_needs_a_factory() -> None:
@@ -266,4 +298,5 @@ if __name__ == "__main__":
         "gloo", f"file://{folder / 'group'}", timedelta(seconds=20), rank=rank, world_size=RANKS
     )
     (folder / f"{rank}.json").write_text(json.dumps(outcomes()))
+    gc.collect()  # what knows the group goes before it: see docs/decisions.md
     distributed.destroy_process_group()

@@ -445,6 +445,14 @@ def test_a_tied_weight_is_left_out_under_each_of_its_names(pattern: str) -> None
     assert torch.equal(ema.ema.state_dict()["decode.weight"], model.decode.weight)
 
 
+def test_a_pattern_that_names_nothing_is_an_error() -> None:
+    """A misspelt name would be averaged in silence; the error says what names there are."""
+    with pytest.raises(
+        EmaError, match=r"exclude='decoed\.\*' names nothing that is averaged: there are .*encode\.weight"
+    ):
+        ModelEMA(Everything(), Constant(0.5), exclude=["encode.*", "decoed.*"])
+
+
 # -- what is exchanged ---------------------------------------------------------------------------------------------
 
 

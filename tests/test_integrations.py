@@ -306,5 +306,5 @@ def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
     """A folder that is not there, and a state that is no plain one."""
     with pytest.raises(EmaswapError, match="cannot save the average"):
         sidecar.save(tmp_path / "missing", "emaswap", {})
-    with pytest.raises(EmaswapError, match="a set cannot be saved"):
+    with pytest.raises(EmaswapError, match="cannot hold /names, a set"):
         sidecar.save(tmp_path, "emaswap", {"names": {1}})

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -398,6 +399,22 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
     with pytest.raises(EmaError):
         ema.load_state_dict(ModelEMA(model, Constant(0.9), updates=7, profiles=PROFILES).state_dict())
     assert (ema.updates, ema.decay, weight_of(ema.ema)) == (3, Constant(0.5), 1.0)
+
+
+@pytest.mark.parametrize("spoilt", ["ema", "short"])
+@pytest.mark.parametrize(
+    "spoil", [lambda state: state.pop("bias"), lambda state: state.update(bias=torch.ones(3))], ids=["missing", "shape"]
+)
+def test_tensors_that_are_refused_leave_all_as_it_was(spoilt: str, spoil: Callable[[dict[str, Any]], object]) -> None:
+    """A state that lacks a tensor of one average, or has it in another shape, is taken into none."""
+    model = nn.Linear(2, 2)
+    ema = ModelEMA(model, Constant(0.5), updates=3, profiles=PROFILES)
+    other = ModelEMA(nn.Linear(2, 2), Constant(0.9), updates=7, profiles=PROFILES)
+    before, state = copy.deepcopy(ema.state_dict()), other.state_dict()
+    spoil(state["ema"] if spoilt == "ema" else state["profiles"][spoilt]["ema"])
+    with pytest.raises(EmaError, match=r"(?s)not of this average: .*bias"):
+        ema.load_state_dict(state)
+    assert repr(ema.state_dict()) == repr(before)
 
 
 def test_what_cannot_be_taken_over_is_an_error() -> None:

@@ -1,30 +1,23 @@
 """Training checkpoints: everything a run needs to go on bit-exactly, in one file, without pickle.
 
-Tensors are stored as a safetensors file and everything else as JSON in its metadata. The digest is in the file's
-name, so a damaged checkpoint is noticed and the one before it taken instead. (A version in a store is another thing:
-it has the averaged weights alone.)
+A damaged checkpoint is noticed by its digest, and the one before it taken instead. (A version in a store is another
+thing: it has the averaged weights alone.)
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from emaswap import BadVersion, EmaswapError, weights
-from emaswap.digest import stem_of
-from emaswap.durable import is_part, sync_folder, written
-from emaswap.weights import Blob
+from emaswap import BadVersion, EmaswapError, state_file
+from emaswap.durable import is_part
+from emaswap.state_file import State
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step-(\d{8,})\.(blake3|sha256)-([0-9a-f]{64})\.safetensors")
+_STEM = re.compile(r"step-(\d{8,})")
 _KEEP = 2
-
-State = dict[str, Any]
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
@@ -32,25 +25,16 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
     Raises `EmaswapError` when the state holds what cannot be saved, or the folder cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    metadata = {"state": json.dumps(_pack(state, "", tensors))}
     try:
-        return _write(folder, step, tensors, metadata)
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.iterdir():
+            if is_part(stale.name):
+                stale.unlink()
+        final = state_file.save(folder, f"step-{step:08d}", state)
+        for old in [path for path in _found(folder) if path != final][_KEEP - 1 :]:
+            old.unlink()
     except OSError as error:
         raise EmaswapError(f"cannot save a checkpoint in {folder}: {error.strerror}") from error
-
-
-def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.iterdir():
-        if is_part(stale.name):
-            stale.unlink()
-    with written(folder, lambda file: weights.write(file, tensors, metadata=metadata)) as (path, blob):
-        final = folder / f"step-{step:08d}.{stem_of(blob.digest)}.safetensors"
-        path.replace(final)
-        sync_folder(folder)
-    for old in [path for path in _found(folder) if path != final][_KEEP - 1 :]:
-        old.unlink()
     return final
 
 
@@ -61,12 +45,8 @@ def load(folder: Path) -> State | None:
     """
     found = _found(folder)
     for path in found:
-        _, algorithm, digest = _parts(path)
         try:
-            with path.open("rb", buffering=0) as file:
-                read = weights.read(file, Blob(f"{algorithm}:{digest}", path.stat().st_size))
-            state: State = _unpack(json.loads(read.metadata["state"]), read.tensors)
-            return state
+            return state_file.load(path)
         except BadVersion as error:
             log.warning("skipping the damaged checkpoint %s: %s", path, error)
     if found:
@@ -75,44 +55,6 @@ def load(folder: Path) -> State | None:
 
 
 def _found(folder: Path) -> list[Path]:
-    """Checkpoints, newest first."""
-    if not folder.is_dir():
-        return []
-    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: (_parts(path)[0], path.stat().st_mtime_ns), reverse=True)
-
-
-def _parts(path: Path) -> tuple[int, str, str]:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1]), match[2], match[3]
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A nested state as JSON, its tensors put aside; JSON itself would turn tuples to lists and number keys to text."""
-    if isinstance(value, Tensor):
-        unique = f"{len(tensors)}{name}"  # keys 1 and "1" look alike in a name
-        tensors[unique] = value
-        return {"tensor": unique}
-    if isinstance(value, Mapping):
-        if odd := [key for key in value if not (key is None or isinstance(key, (bool, int, float, str)))]:
-            raise EmaswapError(f"a checkpoint cannot hold {name}, which has a {type(odd[0]).__name__} for a key")
-        return {"mapping": [[key, _pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_pack(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise EmaswapError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")
-
-
-def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(packed, dict):
-        return packed
-    ((kind, value),) = packed.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "mapping":
-        return {key: _unpack(item, tensors) for key, item in value}
-    items = [_unpack(item, tensors) for item in value]
-    return tuple(items) if kind == "tuple" else items
+    """Checkpoints, those of later steps first, and of one step the newest."""
+    steps = [(int(match[1]), path) for stem, path in state_file.saved(folder) if (match := _STEM.fullmatch(stem))]
+    return [path for _, path in sorted(steps, key=lambda each: each[0], reverse=True)]
