@@ -7,13 +7,18 @@ import sys
 
 def main() -> int:
     """Ask /readyz on the port that EMASWAP_PORT names; 0 when it says yes."""
-    connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("EMASWAP_PORT", "8000")), timeout=4)
+    port = os.environ.get("EMASWAP_PORT", "8000")
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=4)
+    except ValueError:
+        print(f"EMASWAP_PORT: expected the number of a port, got {port!r}")
+        return 1
     try:
         connection.request("GET", "/readyz")
         answer = connection.getresponse()
-        print(answer.read().decode())
+        print(answer.read().decode(errors="backslashreplace"))
         return 0 if answer.status == http.client.OK else 1
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         print(f"the service does not answer: {error}")
         return 1
     finally:

@@ -14,11 +14,19 @@ def main() -> int:
     if not heartbeat:
         print("EMASWAP_HEARTBEAT does not name the file that the trainer touches at each step")
         return 1
-    max_age_s = float(os.environ.get("EMASWAP_HEARTBEAT_MAX_AGE_S", _MAX_AGE_S))
+    limit = os.environ.get("EMASWAP_HEARTBEAT_MAX_AGE_S", _MAX_AGE_S)
+    try:
+        max_age_s = float(limit)
+    except ValueError:
+        print(f"EMASWAP_HEARTBEAT_MAX_AGE_S: expected a number of seconds, got {limit!r}")
+        return 1
     try:
         age_s = time.time() - Path(heartbeat).stat().st_mtime
     except FileNotFoundError:
         print("no step has been made yet")
+        return 1
+    except OSError as error:
+        print(f"cannot look at {heartbeat}: {error.strerror}")
         return 1
     print(f"the last step was {age_s:.1f} s ago")
     return 0 if age_s <= max_age_s else 1

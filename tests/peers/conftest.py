@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from emaswap import DirectoryStore
+
 _KEPT: list[torch.library.Library] = []
 
 
@@ -23,6 +25,12 @@ def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    """An empty store that nobody has prepared for writing."""
+    return DirectoryStore(tmp_path / "store")
 
 
 def prepare() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emaswap import Architecture, BadVersion, Constant, DirectoryStore, Fenced, Publisher
-from emaswap.models.digits import DigitsNet
-from tests.peers.nets import Classifier, digits, tiny_bert
+from emaswap import Architecture, BadVersion, DirectoryStore, Fenced
+from tests.peers.nets import Classifier, tiny_bert
 from tests.peers.oracle import Recorder, assert_close, lines_of, published, weights_of
-from tests.serving import ROOT, wait_for
+from tests.peers.trial import DECAY, IMAGES, LABELS, break_store, callback_settings, take_over
+from tests.serving import ROOT
 
 pytestmark = [
     pytest.mark.peers,
@@ -24,33 +24,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # its warnings are about its own settings
 ]
 
-IMAGES, LABELS = digits()
-DECAY = 0.9
 BERT = {
     "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
     "max_position_embeddings": 8, "num_labels": 3,
 }  # fmt: skip
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> DirectoryStore:
-    """An empty store."""
-    return DirectoryStore(tmp_path / "store")
-
-
 def callback(store: DirectoryStore | Path, **options: Any) -> Any:
     """The callback, with a version every four steps."""
     from emaswap.integrations.huggingface import EmaswapCallback
 
-    settings: dict[str, Any] = {
-        "model": "digits",
-        "architecture": Architecture.of(DigitsNet, width=4),
-        "probe": IMAGES[:2],
-        "decay": Constant(DECAY),
-        "every_n_steps": 4,
-        "module": "net",
-    }
-    return EmaswapCallback(store, **settings | options)
+    return EmaswapCallback(store, **callback_settings(**options))
 
 
 class Fit:
@@ -200,16 +184,9 @@ def test_a_publish_that_fails_does_not_end_training(
     store: DirectoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While the store cannot be written there are warnings; afterwards versions come again."""
-    weights, away = store.root / "weights", store.root / "away"
 
     def fault(args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 3:
-            weights.rename(away)
-            weights.write_text("not a folder")
-        if state.global_step == 6:
-            wait_for(lambda: averaging.publisher._working is None)
-            weights.unlink()
-            away.rename(weights)
+        break_store(store, state.global_step, averaging)
 
     averaging = callback(store)
     fit = Fit(tmp_path, averaging, hooks(on_step_begin=fault)).train()
@@ -222,16 +199,11 @@ def test_a_publish_that_fails_does_not_end_training(
 def test_a_fenced_run_ends(store: DirectoryStore, tmp_path: Path) -> None:
     """When another publisher has taken the store over, training stops with an error that says so."""
 
-    def succeed(args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 2:
-            architecture = Architecture.of(DigitsNet, width=4)
-            with Publisher(store, model="digits", architecture=architecture, probe=IMAGES[:2]) as publisher:
-                publisher.publish(DigitsNet(width=4))
-        if state.global_step == 6:
-            wait_for(lambda: averaging.publisher._working is None)
+    def successor(args: Any, state: Any, control: Any, **_: Any) -> None:
+        take_over(store, state.global_step, averaging)
 
     averaging = callback(store)
-    fit = Fit(tmp_path, averaging, hooks(on_step_begin=succeed))
+    fit = Fit(tmp_path, averaging, hooks(on_step_begin=successor))
     with pytest.raises(Fenced, match="another publisher has taken over"):
         fit.train()
     assert fit.trainer.state.global_step == 8

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from emaswap import Architecture, Constant, DirectoryStore, Fenced, ModelEMA, Publisher
+from emaswap import Architecture, DirectoryStore, Fenced, ModelEMA
 from emaswap.models.digits import DigitsNet
-from tests.peers.nets import digits
 from tests.peers.oracle import Recorder, assert_close, lines_of, published, weights_of
+from tests.peers.trial import DECAY, IMAGES, LABELS, break_store, callback_settings, take_over
 from tests.serving import ROOT, wait_for
 
 pytestmark = [
@@ -26,20 +26,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # its warnings are about its own settings
 ]
 
-IMAGES, LABELS = digits()
-DECAY = 0.9
-
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Lightning writes into the test's folder."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> DirectoryStore:
-    """An empty store."""
-    return DirectoryStore(tmp_path / "store")
 
 
 def task(optimizers: int = 1, lr: float = 0.05) -> Any:
@@ -82,15 +73,7 @@ def callback(store: DirectoryStore | Path, **options: Any) -> Any:
     """The callback, with a version every four steps."""
     from emaswap.integrations.lightning import EmaswapCallback
 
-    settings: dict[str, Any] = {
-        "model": "digits",
-        "architecture": Architecture.of(DigitsNet, width=4),
-        "probe": IMAGES[:2],
-        "decay": Constant(DECAY),
-        "every_n_steps": 4,
-        "module": "net",
-    }
-    return EmaswapCallback(store, **settings | options)
+    return EmaswapCallback(store, **callback_settings(**options))
 
 
 def fit(model: Any, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> Any:
@@ -187,17 +170,9 @@ def test_a_publish_that_fails_does_not_end_training(store: DirectoryStore, caplo
     """While the store cannot be written there are warnings; afterwards versions come again."""
     from lightning.pytorch import Callback
 
-    weights, away = store.root / "weights", store.root / "away"
-
     class Fault(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 3:
-                weights.rename(away)
-                weights.write_text("not a folder")
-            if trainer.global_step == 6:
-                wait_for(lambda: averaging.publisher._working is None)
-                weights.unlink()
-                away.rename(weights)
+            break_store(store, trainer.global_step, averaging)
 
     averaging = callback(store)
     trainer = fit(task(), Fault(), averaging)
@@ -213,13 +188,7 @@ def test_a_fenced_run_ends(store: DirectoryStore) -> None:
 
     class Successor(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 2:
-                with Publisher(
-                    store, model="digits", architecture=Architecture.of(DigitsNet, width=4), probe=IMAGES[:2]
-                ) as publisher:
-                    publisher.publish(DigitsNet(width=4))
-            if trainer.global_step == 6:
-                wait_for(lambda: averaging.publisher._working is None)
+            take_over(store, trainer.global_step, averaging)
 
     model, averaging = task(), callback(store)
     with pytest.raises(Fenced, match="another publisher has taken over"):

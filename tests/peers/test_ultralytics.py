@@ -38,12 +38,6 @@ class Probabilities(nn.Module):
         return probabilities
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> DirectoryStore:
-    """An empty store."""
-    return DirectoryStore(tmp_path / "store")
-
-
 class Training:
     """A network, images of digits in folders, and what the trainer's average was after each update."""
 
