@@ -16,7 +16,7 @@ from benchmarks.models import Heavy
 from benchmarks.report import Row
 from emaswap import Architecture, Publisher
 
-_ROUNDS = 7
+_ROUNDS = 21
 _ROWS = [[0.0, 1.0]]
 
 

@@ -5,11 +5,13 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, median
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.bare import BareWriter
 from benchmarks.models import Wide
 from benchmarks.report import Row
 from benchmarks.separate import SeparatePublisher
@@ -33,6 +35,12 @@ def measure() -> list[Row]:
     return rows
 
 
+class _Publisher(Protocol):
+    def publish(self, ema: ModelEMA, /) -> None: ...
+
+    def flush(self) -> None: ...
+
+
 class _Loop:
     """A training loop whose steps are timed."""
 
@@ -51,7 +59,7 @@ class _Loop:
         self.ema.update(self.model)
         loss.item()  # as loops do that show their loss; on a GPU, the step is over only then
 
-    def spell(self, publisher: "Publisher | SeparatePublisher | None") -> tuple[list[float], list[float]]:
+    def spell(self, publisher: _Publisher | None) -> tuple[list[float], list[float]]:
         """Seconds of each step, and of each call of `publish`, over some seconds of training."""
         steps, calls = [], []
         end = due = time.perf_counter()
@@ -83,12 +91,13 @@ def _training(device: torch.device, suffix: str) -> list[Row]:
             rows += _compared(loop, publisher, copy_s, f"thread, {suffix}", bars=True)
         with SeparatePublisher(Path(folder) / "process", Wide(), model="wide", probe=probe) as separate:
             rows += _compared(loop, separate, copy_s, f"process, {suffix}", bars=False)
+        if device.type == "cpu":
+            bare = BareWriter(Path(folder) / "bare")
+            rows += _compared(loop, bare, copy_s, f"thread that only writes as many bytes, {suffix}", bars=False)[:1]
     return rows
 
 
-def _compared(
-    loop: _Loop, publisher: Publisher | SeparatePublisher, copy_s: float, suffix: str, *, bars: bool
-) -> list[Row]:
+def _compared(loop: _Loop, publisher: _Publisher, copy_s: float, suffix: str, *, bars: bool) -> list[Row]:
     """Spells of training in turn, with publishing every second and without."""
     publisher.publish(loop.ema)
     publisher.flush()

@@ -33,7 +33,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def task(optimizers: int = 1, lr: float = 0.05) -> Any:
+def task() -> Any:
     """A LightningModule with a network and a recorder of its average. Built anew it starts the same."""
     from lightning.pytorch import LightningModule
 
@@ -62,7 +62,7 @@ def task(optimizers: int = 1, lr: float = 0.05) -> Any:
             self.log("val_step", float(self.trainer.global_step))
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, momentum=0.9)
+            optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
             self.recorder.follow(optimizer)
             return optimizer
 
