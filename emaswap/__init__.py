@@ -14,7 +14,7 @@ from emaswap.errors import (
     StoreError,
     TooLarge,
 )
-from emaswap.manifest import Architecture, Manifest, Pin
+from emaswap.manifest import Architecture, EmaInfo, Manifest, Pin
 from emaswap.publisher import Publisher
 from emaswap.release import __version__
 from emaswap.schedule import (
@@ -39,6 +39,7 @@ __all__ = [
     "CountRamp",
     "DirectoryStore",
     "EmaError",
+    "EmaInfo",
     "EmaswapError",
     "ExponentialRamp",
     "Fenced",

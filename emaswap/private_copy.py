@@ -56,15 +56,17 @@ class PrivateCopy:
         self._arrived: torch.cuda.Event | None = None
 
     @torch.no_grad()
-    def take(self, ema: ModelEMA | nn.Module, training: TrainingInfo, staging: Staging) -> None:
-        """Copy the weights as they are now; before they are used, `wait`."""
+    def take(
+        self, ema: ModelEMA | nn.Module, training: TrainingInfo, staging: Staging, averaged: EmaInfo | None = None
+    ) -> None:
+        """Copy the weights as they are now; before they are used, `wait`. `averaged`: how a plain module was, if at all."""
         if isinstance(ema, ModelEMA):
             sources = {MAIN: ema.ema, **ema.profiles}
             schedules = {MAIN: ema.decay, **ema.schedules}
             self.infos = {name: _info(ema, schedules[name], source) for name, source in sources.items()}
         else:
             sources = {MAIN: unwrap(ema)}
-            self.infos = {MAIN: EmaInfo()}
+            self.infos = {MAIN: averaged or EmaInfo()}
         self.training = training
         if self.modules.keys() != sources.keys() or any(
             layout_of(self.modules[name]) != layout_of(source) for name, source in sources.items()

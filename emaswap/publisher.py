@@ -22,7 +22,7 @@ from emaswap import architecture as architectures
 from emaswap.digest import Algorithm
 from emaswap.ema import ModelEMA
 from emaswap.errors import BadVersion, EmaswapError, Fenced, PublishError
-from emaswap.manifest import Architecture, Manifest, ProbeInfo, TensorInfo, TrainingInfo, Variant, WeightsInfo
+from emaswap.manifest import Architecture, EmaInfo, Manifest, ProbeInfo, TensorInfo, TrainingInfo, Variant, WeightsInfo
 from emaswap.priority import give_way
 from emaswap.private_copy import MAIN, Layout, PrivateCopy, Staging, layout_of
 from emaswap.probe import Probe, tolerances
@@ -107,23 +107,34 @@ class Publisher:
         # An executor's thread finishes its work when the interpreter exits, even if nobody calls close().
         self._executor = ThreadPoolExecutor(1, "emaswap-publisher", initializer=give_way)
 
-    def publish(self, ema: ModelEMA | nn.Module, *, step: int = 0, metrics: Mapping[str, float] | None = None) -> None:
-        """PrivateCopy the weights and return; they become the next version in the background.
+    def publish(
+        self,
+        ema: ModelEMA | nn.Module,
+        *,
+        step: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        averaged: EmaInfo | None = None,
+    ) -> None:
+        """Copy the weights and return; they become the next version in the background.
 
         Args:
             ema: the average (or a plain module) to publish; its profiles become the version's variants.
             step: the optimizer step that training is at.
             metrics: figures to keep with the version, such as raw and EMA accuracy.
+            averaged: how a plain module came about, where another library averaged it; a `ModelEMA` tells that itself.
 
         Raises:
+            ValueError: `averaged` was given beside a `ModelEMA`.
             PublishError: an *earlier* snapshot could not be published. The one of this call is on its way all the same.
             Fenced: another publisher has taken the store over; nothing more can be published from here.
         """
+        if averaged is not None and isinstance(ema, ModelEMA):
+            raise ValueError("a ModelEMA tells itself how it was averaged: leave out averaged=")
         if isinstance(self._error, Fenced):
             raise self._error
         with self._lock:
             snapshot = self._pending or (self._spare.pop() if self._spare else PrivateCopy())
-            snapshot.take(ema, TrainingInfo(step=step, metrics=dict(metrics or {})), self._staging)
+            snapshot.take(ema, TrainingInfo(step=step, metrics=dict(metrics or {})), self._staging, averaged)
             self._pending = snapshot
             if self._working is None:
                 try:

@@ -231,6 +231,10 @@ class Yolo:
         ema: nn.Module = Linear()
         updates = 0
 
+        def decay(self, updates: int) -> float:
+            """Of the update of this number."""
+            return 1 - 1 / (updates + 1)
+
     def __init__(self) -> None:
         self.callbacks: dict[str, Any] = {}
         self.ema, self.epoch, self.metrics = Yolo.Average(), 0, {"fitness": 0.5}
@@ -261,6 +265,9 @@ def test_ultralytics_epochs(store: DirectoryStore, every: int, possible: set[int
     assert steps[-1] == 6
     assert set(steps) <= possible
     assert len(set(steps)) == len(steps)
+    described = store.manifest(store.newest()).ema
+    assert (described.schedule, described.updates) == ("ultralytics", 6)
+    assert described.window == pytest.approx(7)
     with pytest.raises(ValueError, match="every 1 or more"):
         publish_from(yolo, store, model="test", architecture=architecture, probe=ROWS, every_n_epochs=0)
 

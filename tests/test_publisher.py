@@ -18,6 +18,7 @@ from emaswap import (
     Architecture,
     Constant,
     DirectoryStore,
+    EmaInfo,
     EmaswapError,
     Fenced,
     Manifest,
@@ -478,6 +479,19 @@ def test_a_plain_module_has_no_average_to_speak_of(store: DirectoryStore) -> Non
     """The provenance of weights that were not averaged says so."""
     described = published(store, Linear()).ema
     assert (described.schedule, described.decay, described.updates) == ("none", None, 0)
+
+
+def test_who_averaged_elsewhere_says_how(store: DirectoryStore) -> None:
+    """What is told of a plain module travels with that version alone; a `ModelEMA` is not spoken for."""
+    model = Linear()
+    averaged = EmaInfo(schedule="polyak", decay=0.5, updates=7, window=2.0)
+    with linear_publisher(store) as publisher:
+        publisher.publish(model, averaged=averaged)
+        publisher.flush()
+        publisher.publish(model)
+        with pytest.raises(ValueError, match="leave out averaged="):
+            publisher.publish(ModelEMA(model), averaged=averaged)
+    assert [store.manifest(version).ema for version in (1, 2)] == [averaged, EmaInfo()]
 
 
 def test_a_plain_module_does_not_inherit_the_provenance_of_the_average_before_it(store: DirectoryStore) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from emaswap.ema import ModelEMA, unwrap
 from emaswap.errors import Fenced
-from emaswap.manifest import Architecture
+from emaswap.manifest import Architecture, EmaInfo
 from emaswap.publisher import Publisher
 from emaswap.schedule import Schedule
 from emaswap.signature import Inputs
@@ -63,12 +63,20 @@ class Publishing:
         self._due |= step // self._every > self._step // self._every
         self._step = step
 
-    def publish(self, average: ModelEMA | nn.Module, metrics: Mapping[str, object], *, last: bool = False) -> None:
+    def publish(
+        self,
+        average: ModelEMA | nn.Module,
+        metrics: Mapping[str, object],
+        *,
+        averaged: EmaInfo | None = None,
+        last: bool = False,
+    ) -> None:
         """Publish if a version is due, or if it is the last chance and anything has changed. Raises `Fenced` only."""
         if self.publisher is None or not (self._due or (last and self._step != self._published_step)):
             return
         self._due, self._published_step = False, self._step
-        warn_of(partial(self.publisher.publish, average, step=self._step, metrics=_figures(metrics)))
+        figures = _figures(metrics)
+        warn_of(partial(self.publisher.publish, average, step=self._step, metrics=figures, averaged=averaged))
 
     def close(self) -> None:
         """Wait until everything is published. Raises `Fenced` only."""

@@ -5,21 +5,25 @@ imports nothing of it. Ultralytics is licensed under AGPL-3.0: whoever serves a 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from emaswap.integrations.bridge import Publishing
-from emaswap.manifest import Architecture
+from emaswap.integrations.bridge import Publishing, warn_of
+from emaswap.manifest import Architecture, EmaInfo
+from emaswap.schedule import window
 from emaswap.signature import Inputs
 from emaswap.store import Store
+from emaswap.weights import dtype_name
 
 
 class _Average(Protocol):
     ema: nn.Module
     updates: int
+    decay: Callable[[int], float]
 
 
 class _Trainer(Protocol):
@@ -94,4 +98,14 @@ class _Events:
 
     def _publish(self, trainer: _Trainer) -> None:
         self._publishing.advance(trainer.ema.updates)
-        self._publishing.publish(self._wrap(trainer.ema.ema), trainer.metrics or {})
+        warn_of(partial(self._offer, trainer.ema, trainer.metrics or {}))
+
+    def _offer(self, average: _Average, metrics: Mapping[str, object]) -> None:
+        self._publishing.publish(self._wrap(average.ema), metrics, averaged=_described(average))
+
+
+def _described(average: _Average) -> EmaInfo:
+    """What can be told of an average whose schedule is a function: its decay now."""
+    decay = average.decay(average.updates)
+    dtype = next((dtype_name(each.dtype) for each in average.ema.parameters()), "none")
+    return EmaInfo(schedule="ultralytics", decay=decay, updates=average.updates, window=window(decay), dtype=dtype)

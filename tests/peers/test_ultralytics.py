@@ -106,6 +106,11 @@ def test_a_training_publishes_its_average(store: DirectoryStore, tmp_path: Path)
         assert_close(floats[0], floats[1], tolerance=1e-3)
         assert not any(weights[name].item() for name in weights.keys() - averaged)
     assert "metrics/accuracy_top1" in versions[-1].training.metrics
+    described = versions[-1].ema
+    assert (described.schedule, described.updates, described.dtype) == ("ultralytics", 9, "float32")
+    decay = 0.9999 * (1 - math.exp(-9 / 2000))
+    assert described.decay == pytest.approx(decay)
+    assert described.window == pytest.approx(1 / (1 - decay))
 
 
 def test_a_version_every_few_epochs(store: DirectoryStore, tmp_path: Path) -> None:
@@ -133,6 +138,21 @@ def test_a_network_can_be_wrapped(store: DirectoryStore, tmp_path: Path) -> None
     assert [field.shape for field in manifest.signature.outputs] == [(10,)]
     expected = {f"network.{name}": value for name, value in training.averages[manifest.training.step].items()}
     assert_close(weights_of(store, manifest), expected, tolerance=0)
+
+
+def test_a_wrapper_that_fails_does_not_end_training(
+    store: DirectoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever keeps the network from being published, the run is worth more."""
+
+    def fails(network: nn.Module) -> nn.Module:
+        raise RuntimeError("no such head")
+
+    training = Training(tmp_path)
+    publishing(training.yolo, store, wrap=fails)
+    training.run(epochs=1)
+    assert "no such head; training goes on" in caplog.text
+    assert published(store) == []
 
 
 def test_a_publish_that_fails_does_not_end_training(
