@@ -3,7 +3,6 @@
 What came of each check on this rank is written to the folder: nothing, or the traceback.
 """
 
-import gc
 import json
 import sys
 import traceback
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from emaswap import Constant, EmaError, ModelEMA, Schedule
+from trainer.distributed import leave_group
 
 RANKS = 2
 PROFILES: dict[str, Schedule] = {"short": Constant(0.25)}
@@ -298,5 +298,4 @@ if __name__ == "__main__":
         "gloo", f"file://{folder / 'group'}", timedelta(seconds=20), rank=rank, world_size=RANKS
     )
     (folder / f"{rank}.json").write_text(json.dumps(outcomes()))
-    gc.collect()  # what knows the group goes before it: see docs/decisions.md
-    distributed.destroy_process_group()
+    leave_group()

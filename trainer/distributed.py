@@ -139,12 +139,18 @@ def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise EmaswapError(f"cannot join the other ranks: {error}") from error
     yield Ranks(distributed.get_rank(), distributed.get_world_size(), local, chosen, grouped=True)
+    # Not after an error: taking a group down waits for ranks that may be gone.
+    leave_group()
+
+
+def leave_group() -> None:
+    """Take the process group down, if there is one. Nothing that the caller still holds may know it."""
     # What still knows the group (a wrapped module in a cycle) goes first. Were it the last to let go of the group, that would
     # wait for gloo's threads with the interpreter's lock held, which they need to let go of a tensor: none would ever end.
     # Kept for longer than the group, it would have those threads abort an interpreter that ends.
     gc.collect()
-    # Not after an error: taking a group down waits for ranks that may be gone.
-    distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _device_of(local: int) -> torch.device:

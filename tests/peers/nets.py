@@ -1,11 +1,10 @@
 """Networks that others' frameworks train. They are imported without these frameworks, as a service would."""
 
-import gc
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from emaswap.models.digits import DigitsNet
 
@@ -45,10 +44,3 @@ def yolo_classifier(config: str = "yolo11n-cls.yaml", classes: int = 10) -> nn.M
 
     module: nn.Module = ClassificationModel(config, nc=classes, verbose=False)
     return module
-
-
-def leave_group() -> None:
-    """Take the process group down without the hang that others' ends can have: what knows it is collected first."""
-    gc.collect()
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -269,7 +269,7 @@ def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
         "prepare()\n"
         "from tests.peers.oracle import assert_close\n"
         "from tests.peers.test_huggingface import Fit, callback\n"
-        "from tests.peers.nets import leave_group\n"
+        "from trainer.distributed import leave_group\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "def main():\n"
         "    averaging = callback(folder / 'store')\n"
