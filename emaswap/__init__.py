@@ -1,6 +1,17 @@
 """emaswap: the EMA weights of a running training job, in front of users, safely and without a pause."""
 
-from emaswap.ema import EMA, ModelEMA
+from emaswap.averaging.model_ema import EMA, ModelEMA
+from emaswap.averaging.schedule import (
+    Constant,
+    CountRamp,
+    ExponentialRamp,
+    InverseGamma,
+    PowerFunction,
+    Scaled,
+    Schedule,
+    make_schedule,
+)
+from emaswap.averaging.synthesis import Snapshot, snapshots_of, synthesize
 from emaswap.errors import (
     BadVersion,
     EmaError,
@@ -14,22 +25,11 @@ from emaswap.errors import (
     StoreError,
     TooLarge,
 )
-from emaswap.manifest import Architecture, EmaInfo, Manifest, Pin
-from emaswap.publisher import Publisher
+from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
-from emaswap.schedule import (
-    Constant,
-    CountRamp,
-    ExponentialRamp,
-    InverseGamma,
-    PowerFunction,
-    Scaled,
-    Schedule,
-    make_schedule,
-)
-from emaswap.signature import Signature, TensorField
 from emaswap.store import DirectoryStore, Store, open_store
-from emaswap.synthesis import Snapshot, snapshots_of, synthesize
+from emaswap.versions.manifest import Architecture, EmaInfo, Manifest, Pin
+from emaswap.versions.signature import Signature, TensorField
 
 __all__ = [
     "EMA",

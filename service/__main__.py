@@ -11,8 +11,8 @@ import uvicorn
 
 from emaswap import EmaswapError
 from service import logs
-from service.app import Service, create_app
 from service.settings import ServiceSettings
+from service.web.app import Service, create_app
 
 log = structlog.get_logger("emaswap.service")
 

@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from emaswap.architecture import TRUSTED_BY_DEFAULT
 from emaswap.settings import CommandSettings, CommaSeparated
+from emaswap.versions.architecture import TRUSTED_BY_DEFAULT
 
 
 class ServiceSettings(CommandSettings):

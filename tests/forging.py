@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from emaswap import Architecture, DirectoryStore, Manifest, Reason, Signature
-from emaswap.digest import digest_of, stem_of
-from emaswap.manifest import ProbeInfo, TensorInfo, WeightsInfo
-from emaswap.probe import Probe
-from emaswap.store.base import tensors_key
-from emaswap.term import Place, Term
-from emaswap.weights import Blob, dtype_name, named_tensors
+from emaswap.files.digest import digest_of, stem_of
+from emaswap.files.tensor_file import Blob, dtype_name, named_tensors
+from emaswap.store.line import Place, Term
+from emaswap.store.versions import tensors_key
+from emaswap.versions.manifest import ProbeInfo, TensorInfo, WeightsInfo
+from emaswap.versions.probe import Probe
 from tests.models import Linear
 
 Tensors = dict[str, Tensor]

@@ -15,8 +15,8 @@ import httpx
 import uvicorn
 
 from service.__main__ import Server
-from service.app import Service, create_app
 from service.settings import ServiceSettings
+from service.web.app import Service, create_app
 
 ROOT = Path(__file__).parent.parent
 TRUST = ("tests.models.*",)

@@ -13,11 +13,11 @@ from prometheus_client.metrics_core import Metric
 from pydantic_settings import BaseSettings
 
 from emaswap import DirectoryStore, Reason, __version__
-from service.app import create_app
-from service.errors import STATUS
 from service.metrics import Metrics
+from service.refusal import STATUS
+from service.serving.slot import Slot
 from service.settings import ServiceSettings
-from service.slot import Slot
+from service.web.app import create_app
 from tests.models import Net
 from tests.serving import ROOT
 from trainer.settings import TrainerSettings

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from emaswap import Architecture, DirectoryStore, Fenced, ModelEMA, Publisher, proof
+from emaswap import Architecture, DirectoryStore, Fenced, ModelEMA, Publisher
+from emaswap.versions import proof
 from tests.models import Everything, Everywhere, Linear, Slow
 from tests.serving import ADMIN, ROOT, ServiceProcess, wait_for
 
@@ -64,7 +65,7 @@ def test_no_answer_fails_or_mixes_versions_while_versions_race_by(tmp_path: Path
     """Under 16 clients, versions as fast as the store takes them: each answer is whole, and made by whom it names."""
     store = tmp_path / "store"
     first = subprocess.run(
-        [sys.executable, "-m", "tests.publishing", str(store), "1"],
+        [sys.executable, "-m", "tests.publisher_process", str(store), "1"],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -76,7 +77,7 @@ def test_no_answer_fails_or_mixes_versions_while_versions_race_by(tmp_path: Path
         for client in clients:
             client.thread.start()
         rest = subprocess.run(
-            [sys.executable, "-m", "tests.publishing", str(store), str(versions - 1)],
+            [sys.executable, "-m", "tests.publisher_process", str(store), str(versions - 1)],
             cwd=ROOT, check=True, capture_output=True, text=True,
         )  # fmt: skip
         service.wait_until_live(versions)

@@ -12,7 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from emaswap import DirectoryStore, Manifest
-from emaswap.weights import Blob
+from emaswap.files.tensor_file import Blob
 from tests.serving import ROOT, wait_for
 from tests.tasks import GATES
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emaswap import BadVersion, EmaswapError, state_file
-from emaswap.durable import is_part
-from emaswap.state_file import State
+from emaswap import BadVersion, EmaswapError
+from emaswap.files import state_file
+from emaswap.files.durable import is_part
+from emaswap.files.state_file import State
 
 log = logging.getLogger(__name__)
 

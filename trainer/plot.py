@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emaswap.durable import written
+from emaswap.files.durable import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

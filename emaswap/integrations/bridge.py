@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from emaswap.ema import ModelEMA, unwrap
+from emaswap.averaging.model_ema import ModelEMA, unwrap
+from emaswap.averaging.schedule import Schedule
 from emaswap.errors import Fenced
-from emaswap.manifest import Architecture, EmaInfo
-from emaswap.publisher import Publisher
-from emaswap.schedule import Schedule
-from emaswap.signature import Inputs
+from emaswap.publishing.publisher import Publisher
 from emaswap.store import Store
+from emaswap.versions.manifest import Architecture, EmaInfo
+from emaswap.versions.signature import Inputs
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emaswap import state_file
 from emaswap.errors import EmaswapError
+from emaswap.files import state_file
 
 
 def save(folder: Path, stem: str, state: Mapping[str, Any]) -> Path:

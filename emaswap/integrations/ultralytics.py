@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from emaswap.averaging.schedule import window
+from emaswap.files.tensor_file import dtype_name
 from emaswap.integrations.bridge import Publishing, warn_of
-from emaswap.manifest import Architecture, EmaInfo
-from emaswap.schedule import window
-from emaswap.signature import Inputs
 from emaswap.store import Store
-from emaswap.weights import dtype_name
+from emaswap.versions.manifest import Architecture, EmaInfo
+from emaswap.versions.signature import Inputs
 
 
 class _Average(Protocol):

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from emaswap.errors import StoreError
-from emaswap.store.base import Store
 from emaswap.store.directory import DirectoryStore
+from emaswap.store.versions import Store
 
 __all__ = ["DirectoryStore", "Store", "open_store"]
 

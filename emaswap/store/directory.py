@@ -15,12 +15,12 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from emaswap import weights
-from emaswap.digest import Algorithm
-from emaswap.durable import is_part, sync_folder, written
 from emaswap.errors import Missing, NotAFile, ReadOnly, StoreError, TooLarge
-from emaswap.store.base import Kind, Store, tensors_key
-from emaswap.weights import Blob
+from emaswap.files import tensor_file
+from emaswap.files.digest import Algorithm
+from emaswap.files.durable import is_part, sync_folder, written
+from emaswap.files.tensor_file import Blob
+from emaswap.store.versions import Kind, Store, tensors_key
 
 _FOLDERS = ("versions", "weights", "probes", "tmp")
 _STALE_TMP_S = 3600.0
@@ -97,7 +97,7 @@ class DirectoryStore(Store):
     def add_tensors(self, kind: Kind, tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Blob:
         with (
             self._errors(f"write {kind}"),
-            written(self._tmp, lambda file: weights.write(file, tensors, algorithm=algorithm)) as (path, blob),
+            written(self._tmp, lambda file: tensor_file.write(file, tensors, algorithm=algorithm)) as (path, blob),
         ):
             final = self.root / tensors_key(kind, blob.digest)
             path.replace(final)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from emaswap import DirectoryStore, Manifest
-from emaswap.weights import Blob
+from emaswap.files.tensor_file import Blob
 from tests.serving import ROOT
 
 State = dict[str, Tensor]

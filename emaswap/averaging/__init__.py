@@ -1,0 +1,1 @@
+"""Averages of weights, and the schedules of their decay. Knows tensors; no file, no store."""

@@ -1,0 +1,168 @@
+"""`emaswap`: look into a store, and pin, unpin and prune what is in it."""
+
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from emaswap.errors import BadVersion, EmaswapError, Missing
+from emaswap.release import __version__
+from emaswap.store import Store, open_store
+from emaswap.store.retention import Retention
+from emaswap.store.versions import tensors_key
+from emaswap.versions import proof
+from emaswap.versions.architecture import TRUSTED_BY_DEFAULT
+from emaswap.versions.manifest import Manifest, Pin
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# A table is not squeezed into a narrow terminal, nor into the 80 columns of a pipe: lines may wrap.
+console = Console(highlight=False, width=max(160, Console().width))
+
+Location = Annotated[str, typer.Option("--store", envvar="EMASWAP_STORE", help="The store's directory.")]
+Number = Annotated[int, typer.Argument(min=1, help="The version's number.")]
+
+
+def main() -> None:
+    """Run the command; errors that are ours end it with one line and status 1."""
+    try:
+        app()
+    except EmaswapError as error:
+        print(f"emaswap: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_release(wanted: bool) -> None:  # noqa: FBT001  (typer calls it with the flag)
+    if wanted:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def emaswap(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_release, is_eager=True, help="Print the release and exit.")
+    ] = False,
+) -> None:
+    """Look into a store; pin, unpin and prune what is in it."""
+
+
+@app.command()
+def ls(store: Location) -> None:
+    """List the versions in a store, the newest last."""
+    found = open_store(store)
+    pin = found.pin()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("version", "term", "step", "published", "MB", "digest", "EMA metrics", ""):
+        numeric = heading in ("version", "term", "step", "MB")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for version in found.versions():
+        notes = "pinned" if pin and pin.version == version else ""
+        try:
+            manifest = found.manifest(version)
+        except (BadVersion, Missing) as error:
+            table.add_row(str(version), *[""] * 6, f"cannot be read: {error}")
+            continue
+        if found.stamp(tensors_key("weights", manifest.weights.digest)) is None:
+            notes = f"{notes} weights pruned".strip()
+        table.add_row(*_row(manifest), notes)
+    console.print(table)
+
+
+@app.command()
+def show(store: Location, version: Number) -> None:
+    """Print a version's manifest."""
+    sys.stdout.write(open_store(store).manifest(version).encode().decode())
+
+
+@app.command()
+def verify(
+    store: Location,
+    versions: Annotated[list[int] | None, typer.Argument(help="Versions to verify; all of them by default.")] = None,
+    trust: Annotated[
+        list[str] | None, typer.Option(help="Factory to trust besides those of emaswap.models; may be repeated.")
+    ] = None,
+) -> None:
+    """Prove versions right as a service would: digests, schema, finite values, and the replayed probe."""
+    found = open_store(store)
+    trusted = (*TRUSTED_BY_DEFAULT, *(trust or ()))
+    problems = []
+    for version in track(versions or found.versions(), "verifying", console=Console(stderr=True), transient=True):
+        problem = _problem(found, version, trusted)
+        console.print(f"version {version}: {problem or 'right'}", markup=False, soft_wrap=True)
+        problems += [problem] if problem else []
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def pin(
+    store: Location, version: Number, reason: Annotated[str, typer.Option(help="Why, for whoever finds it.")] = ""
+) -> None:
+    """Have every service of this store serve this version until it is unpinned."""
+    open_store(store).set_pin(Pin(version=version, reason=reason, at=datetime.now(UTC)))
+    console.print(f"pinned version {version}")
+
+
+@app.command()
+def unpin(store: Location) -> None:
+    """Have every service of this store serve the newest version again."""
+    open_store(store).clear_pin()
+    console.print("unpinned")
+
+
+@app.command()
+def prune(
+    store: Location,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions to keep.")] = 10,
+    grace: Annotated[float, typer.Option(min=0, help="Keep every version younger than this, in seconds.")] = 60.0,
+) -> None:
+    """Delete old versions, except the pinned one, and files that no version names."""
+    retention = Retention(open_store(store), keep=keep, grace_s=grace)
+    pruned, orphans = retention.prune(), retention.clean()
+    console.print(f"pruned {len(pruned)} versions and {len(orphans)} files that no version names")
+
+
+def _row(manifest: Manifest) -> list[str]:
+    age_s = time.time() - manifest.created_at.timestamp()
+    metrics = [
+        f"{name.removeprefix('ema_')} {value:.4g}"
+        for name, value in manifest.training.metrics.items()
+        if value is not None and name.startswith("ema_")
+    ]
+    return [
+        str(manifest.version),
+        str(manifest.term),
+        str(manifest.training.step),
+        f"{_duration(age_s)} ago",
+        f"{manifest.weights.size / 1e6:.1f}",
+        manifest.weights.digest[:19],
+        ", ".join(metrics),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _problem(store: Store, version: int, trusted: tuple[str, ...]) -> str:
+    """What is wrong with a version; empty when nothing is."""
+    device = torch.device("cpu")
+    try:
+        whole = store.manifest(version)
+        for manifest in (whole, *map(whole.of_variant, whole.variants)):
+            fetched = proof.fetch(store, manifest)
+            module = proof.verify(manifest, fetched, trusted=trusted, device=device)
+            proof.replay(manifest, fetched, module, device=device)
+    except (BadVersion, Missing) as error:
+        return str(error)
+    return ""

@@ -1,0 +1,1 @@
+"""Bytes in files: digests, durable writes, tensors, nested states. Knows no version."""

@@ -1,0 +1,218 @@
+"""Tensors to and from a safetensors file: written with its digest, read and verified in one pass.
+
+The format is that of https://github.com/huggingface/safetensors: eight bytes of little-endian header length,
+a JSON header, the tensors' bytes without holes. The files are ordinary ones, readable by the `safetensors` package. This
+module knows neither stores nor modules' classes; it never unpickles and never maps a file into memory.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from emaswap.errors import BadVersion, EmaswapError, Reason
+from emaswap.files.digest import Algorithm, Digest, algorithm_of, new_hasher
+
+MAX_HEADER_BYTES = 16 << 20
+_CHUNK_BYTES = 1 << 20
+_MAX_DIMENSIONS = 32
+# Tensor bytes start on a cache line, so that views into one buffer are aligned for every dtype.
+_ALIGNMENT = 64
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Blob:
+    """The identity of a written file: digest of its bytes, and how many there are."""
+
+    digest: Digest
+    size: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What a tensor file holds: named tensors, and a small text mapping."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` as "float32", the spelling that manifests use."""
+    return str(dtype).removeprefix("torch.")
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state by name, each tied tensor once, under its first name.
+
+    Names lose the `_orig_mod.` that `torch.compile` puts into them. Raises `EmaswapError` for state that is not a tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise EmaswapError(
+                f"state {name!r} is a {type(tensor).__name__}, not a tensor: keep such state out of state_dict()"
+            )
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name.replace("_orig_mod.", "")] = tensor.detach()
+    return tensors
+
+
+def write(
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    algorithm: Algorithm = "blake3",
+) -> Blob:
+    """Write tensors (any device, any strides) to an open file, digesting the bytes as they stream by."""
+    # Widest dtype first keeps every tensor aligned without holes between them.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    if "__metadata__" in tensors:
+        raise EmaswapError("a tensor cannot be named '__metadata__' in a safetensors file")
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _NAMES:
+            raise EmaswapError(f"tensor {name!r} has dtype {tensor.dtype}, which a safetensors file cannot hold")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
+    if len(encoded) > MAX_HEADER_BYTES:
+        raise EmaswapError(f"the header of {len(tensors)} tensors is larger than {MAX_HEADER_BYTES} bytes")
+
+    hasher = new_hasher(algorithm)
+    for part in _parts(len(encoded).to_bytes(8, "little") + encoded, (tensor for _, tensor in ordered)):
+        hasher.update(part)
+        file.write(part)
+    return Blob(f"{algorithm}:{hasher.hexdigest()}", 8 + len(encoded) + end)
+
+
+def _parts(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(head)
+    for tensor in tensors:
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        # Strides of sizes 0 and 1 are arbitrary even when contiguous, and a view as bytes minds them.
+        data: memoryview = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
+        for begin in range(0, len(data), _CHUNK_BYTES):
+            yield data[begin : begin + _CHUNK_BYTES]
+
+
+def read(file: BinaryIO, blob: Blob) -> TensorFile:
+    """Read a file once into private memory, verify it, and return tensors that live in just those verified bytes.
+
+    `blob.size` bounds what is read. Raises `BadVersion` when size, digest or header are not what they should be.
+    """
+    # One byte more than expected is asked for, so that a longer file shows without being read whole.
+    try:
+        buffer = np.empty(blob.size + 1, dtype=np.uint8)
+    except MemoryError:
+        raise BadVersion(Reason.SIZE_MISMATCH, f"{blob.size} bytes are more than this machine has memory for") from None
+    view: memoryview = buffer.data
+    hasher = new_hasher(algorithm_of(blob.digest))
+    size = 0
+    while size < len(view):
+        count = file.readinto(view[size : size + _CHUNK_BYTES])  # type: ignore[attr-defined]
+        if not count:
+            break
+        hasher.update(view[size : size + count])
+        size += count
+    if size != blob.size:
+        came = f"{size} bytes" if size < blob.size else "more"
+        raise BadVersion(Reason.SIZE_MISMATCH, f"expected {blob.size} bytes, the file has {came}")
+    found = f"{algorithm_of(blob.digest)}:{hasher.hexdigest()}"
+    if found != blob.digest:
+        raise BadVersion(Reason.DIGEST_MISMATCH, f"expected {blob.digest}, the bytes give {found}")
+    return _parse(buffer[:size])
+
+
+def _parse(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> TensorFile:
+    if len(buffer) < 8:
+        raise BadVersion(Reason.HEADER_INVALID, f"a tensor file has at least 8 bytes, this one has {len(buffer)}")
+    length = int.from_bytes(buffer[:8].tobytes(), "little")
+    if length > MAX_HEADER_BYTES:
+        raise BadVersion(
+            Reason.HEADER_TOO_LARGE, f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are read"
+        )
+    if length > len(buffer) - 8:
+        raise BadVersion(Reason.HEADER_INVALID, f"the header claims {length} bytes of the {len(buffer) - 8} there are")
+    try:
+        header = json.loads(buffer[8 : 8 + length].tobytes().decode("utf-8"))
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in [*metadata.keys(), *metadata.values()]):
+            raise ValueError("__metadata__ maps text to text")
+        entries = [(*_entry(spec), name) for name, spec in header.items()]
+        "".join(header).encode()  # a lone surrogate in a name could not be shown to anybody
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise BadVersion(Reason.HEADER_INVALID, f"{type(error).__name__}: {error}") from None
+
+    data = buffer[8 + length :]
+    tensors: dict[str, Tensor] = {}
+    reached = 0
+    for begin, end, shape, dtype, name in sorted(entries, key=lambda entry: entry[:2]):
+        if begin != reached or end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
+            raise BadVersion(
+                Reason.HEADER_INVALID,
+                f"tensor {name!r} {dtype_name(dtype)}{list(shape)} does not fit its bytes {begin}..{end} of {len(data)}",
+            )
+        reached = end
+        tensors[name] = _view(data[begin:end], dtype).view(shape)
+    if reached != len(data):
+        raise BadVersion(Reason.HEADER_INVALID, f"{len(data) - reached} bytes belong to no tensor")
+    return TensorFile(tensors, metadata)
+
+
+def _entry(spec: dict[str, object]) -> tuple[int, int, tuple[int, ...], torch.dtype]:
+    """Offsets, shape and dtype of one header entry, all of them plain non-negative whole numbers."""
+    shape, offsets, name = spec["shape"], spec["data_offsets"], spec["dtype"]
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError("shape and data_offsets are lists, the latter of two numbers")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions are more than {_MAX_DIMENSIONS}")
+    if any(type(number) is not int or not 0 <= number < 1 << 48 for number in [*shape, *offsets]):
+        raise ValueError("shape and data_offsets hold whole numbers, not negative and below 2^48")
+    if math.prod(max(size, 1) for size in shape) >= 1 << 48:
+        raise ValueError("a tensor has fewer than 2^48 numbers, whichever of its sizes is 0")
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(f"unknown dtype {name!r}")
+    return offsets[0], offsets[1], tuple(shape), _DTYPES[name]
+
+
+def _view(data: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: torch.dtype) -> Tensor:
+    if data.size == 0:
+        return torch.empty(0, dtype=dtype)
+    if data.ctypes.data % dtype.itemsize:
+        data = data.copy()  # other writers need not align
+    return torch.from_numpy(data).view(dtype)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the floating-point tensors (on the CPU) that hold a NaN or an infinity."""
+    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.dtype == torch.bfloat16:
+        # numpy has no bfloat16; its exponent bits are all set in just the NaNs and infinities.
+        bits = tensor.contiguous().view(torch.int16).numpy()
+        return bool(((bits & 0x7F80) != 0x7F80).all())
+    # Twenty times as fast as torch.isfinite on one core.
+    return bool(np.isfinite(tensor.numpy()).all())

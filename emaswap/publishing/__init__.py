@@ -1,0 +1,1 @@
+"""From an average that trains on to a version in a store."""

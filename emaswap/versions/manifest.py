@@ -1,0 +1,170 @@
+"""The manifest: the frozen, validated description of one version.
+
+Knows what a version says of itself; whether that is true is for the reader of its weights to prove.
+"""
+
+import json
+import math
+from datetime import datetime
+from typing import Annotated, Any
+
+import pydantic_core
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from emaswap.errors import BadVersion, EmaswapError, Reason
+from emaswap.files.digest import Digest
+from emaswap.release import __version__
+from emaswap.versions.signature import Signature
+
+FORMAT = 1
+MAX_MANIFEST_BYTES = 16 << 20
+
+Version = Annotated[int, Field(ge=1, le=10**15)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Size = Annotated[int, Field(ge=0, le=1 << 48)]
+VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+Metric = Annotated[float | None, AfterValidator(_finite_or_none)]
+
+
+def _plain_json(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(arguments, allow_nan=False)
+    return arguments
+
+
+class _Frozen(BaseModel):
+    # Fields that a later release adds are no reason to refuse a version.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class TensorInfo(_Frozen):
+    """dtype ("float32") and shape of one tensor of the weights."""
+
+    dtype: str
+    shape: tuple[Size, ...]
+
+
+class WeightsInfo(_Frozen):
+    """The weights file: digest and size of its bytes, and the tensors in it, tied ones once."""
+
+    digest: Digest
+    size: Size
+    tensors: dict[str, TensorInfo]
+
+
+class Architecture(_Frozen):
+    """How to build the module: the import path of a factory ("package.module:name"), and its keyword arguments."""
+
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=500)]
+    arguments: Annotated[dict[str, JsonValue], AfterValidator(_plain_json)] = {}
+
+    @classmethod
+    def of(cls, factory: Any, **arguments: JsonValue) -> "Architecture":
+        """The architecture of a class or function that the service can import, too: `Architecture.of(Net, width=32)`."""
+        module, name = factory.__module__, factory.__qualname__
+        if not name.isidentifier():
+            raise EmaswapError(f"no service can import {module}:{name}: move it to the top of a module")
+        return cls(factory=f"{module}:{name}", arguments=arguments)
+
+
+class EmaInfo(_Frozen):
+    """How the average came about: the schedule with its parameters, and `window` ≈ 1/(1 − the last update's decay)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    schedule: str = "none"
+    decay: float | None = None
+    updates: Count = 0
+    window: Metric = None
+    dtype: str = "float32"
+
+
+class TrainingInfo(_Frozen):
+    """Where training stood: optimizer steps, and metrics. A metric that is not finite is kept as null."""
+
+    step: Count = 0
+    metrics: dict[str, Metric] = {}
+
+
+class ProbeInfo(_Frozen):
+    """The probe file, and how far |served − recorded| may go: at most atol + rtol·|recorded|."""
+
+    digest: Digest
+    size: Size
+    rtol: Annotated[float, Field(ge=0, le=1)]
+    atol: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Variant(_Frozen):
+    """Another average of the same model at the same step (a profile): its weights, how it came about, its probe."""
+
+    weights: WeightsInfo
+    ema: EmaInfo
+    probe: ProbeInfo
+
+
+class Manifest(_Frozen):
+    """One version. `term` and `run` name its publisher's turn at the store, `parent` is the manifest before it."""
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
+    release: str = __version__
+    model: Annotated[str, Field(min_length=1, max_length=200)]
+    version: Version
+    term: Annotated[int, Field(ge=1, le=10**15)]
+    run: str
+    parent: Digest | None = None
+    created_at: AwareDatetime
+    weights: WeightsInfo
+    architecture: Architecture
+    signature: Signature
+    ema: EmaInfo = EmaInfo()
+    training: TrainingInfo = TrainingInfo()
+    probe: ProbeInfo
+    variants: dict[VariantName, Variant] = {}
+
+    def of_variant(self, name: str | None) -> "Manifest":
+        """This version with the weights of the named variant; `None` is the version as it is. `BadVersion` if it has none."""
+        if name is None:
+            return self
+        variant = self.variants.get(name)
+        if variant is None:
+            there = ", ".join(self.variants) or "none"
+            raise BadVersion(Reason.VARIANT_MISSING, f"it has no variant {name!r}; its variants: {there}")
+        return self.model_copy(update=dict(variant) | {"variants": {}})
+
+    def encode(self) -> bytes:
+        """The bytes to store: JSON, for people to read, too."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Manifest":
+        """Read stored bytes. Raises `BadVersion` when they are no manifest, or one of a later format."""
+        try:
+            raw = pydantic_core.from_json(data)
+        except ValueError as error:
+            raise BadVersion(Reason.MANIFEST_INVALID, f"not JSON: {error}") from None
+        if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
+            raise BadVersion(
+                Reason.FORMAT_UNKNOWN,
+                f"written in format {raw['format']} by emaswap {raw.get('release', '(unknown)')}; this is emaswap "
+                f"{__version__}, which reads up to format {FORMAT}: upgrade to the release that wrote it, or a later one",
+            )
+        try:
+            return cls.model_validate_json(data, strict=True)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
+            more = f"; and {len(problems) - 5} more" if problems[5:] else ""
+            raise BadVersion(Reason.MANIFEST_INVALID, "; ".join(problems[:5]) + more) from None
+
+
+class Pin(_Frozen):
+    """An operator's order: this version is the one to serve, whatever is newer."""
+
+    version: Version
+    reason: str = ""
+    at: datetime

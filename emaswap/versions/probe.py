@@ -1,0 +1,114 @@
+"""The probe: inputs, and the EMA model's own outputs for them, recorded when a version is published.
+
+Whoever loads the version replays the inputs and compares: the proof that what is served is what was trained.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from emaswap.errors import BadVersion, EmaswapError, Reason
+from emaswap.files.tensor_file import not_finite
+from emaswap.versions.signature import Inputs, Signature
+
+_INPUT, _OUTPUT = "input/", "output/"
+
+# rtol and atol by dtype, of |served − recorded| ≤ atol + rtol·|recorded|. On one CPU the two are equal to the last bit;
+# the room is for other vector units and thread counts, which sum in another order.
+_TOLERANCES = {
+    torch.float64: (1e-9, 1e-10),
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (5e-2, 2e-2),
+    torch.float16: (1e-2, 2e-3),
+}
+# TF32 and fused kernels keep about ten bits of mantissa.
+_ON_GPU = (1e-2, 2e-3)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs and recorded outputs by name, rows first."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    @classmethod
+    def record(cls, module: nn.Module, signature: Signature, inputs: Inputs) -> "Probe":
+        """Run the module on the inputs and keep what it answers. Raises `EmaswapError` when that is not finite."""
+        named = {name: value.clone() for name, value in signature.name_inputs(inputs).items()}
+        if not all(len(value) for value in named.values()):
+            raise EmaswapError("a probe of no rows proves nothing: give a few typical inputs")
+        # Copies, because a module may work in place on what it is given.
+        outputs = signature.run(module, {name: value.clone() for name, value in named.items()})
+        if bad := not_finite(outputs):
+            raise EmaswapError(f"the model answers its own probe with values that are not finite: {', '.join(bad)}")
+        return cls(named, outputs)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The probe as named tensors, for a tensor file."""
+        return {_INPUT + name: value for name, value in self.inputs.items()} | {
+            _OUTPUT + name: value for name, value in self.outputs.items()
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Probe":
+        """The probe that a tensor file holds."""
+        inputs, outputs = (
+            {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+            for kind in (_INPUT, _OUTPUT)
+        )
+        return cls(inputs, outputs)
+
+    def replay(self, module: nn.Module, signature: Signature) -> dict[str, Tensor]:
+        """The module's outputs for the probe's inputs, on the CPU. Raises `BadVersion` when it cannot run them."""
+        device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+        try:
+            named = signature.name_inputs(self.inputs)
+            outputs = signature.run(module, {name: value.to(device, copy=True) for name, value in named.items()})
+        except Exception as error:  # forward is somebody else's code and may raise anything
+            raise BadVersion(Reason.PROBE_FAILED, f"the probe does not run: {type(error).__name__}: {error}") from error
+        return {name: output.cpu() for name, output in outputs.items()}
+
+    def compare(self, outputs: Mapping[str, Tensor], *, rtol: float, atol: float) -> None:
+        """Raises `BadVersion` when outputs differ from the recorded ones by more than atol + rtol·|recorded|."""
+        if outputs.keys() != self.outputs.keys():
+            raise BadVersion(
+                Reason.PROBE_FAILED, f"recorded outputs {sorted(self.outputs)}, replayed {sorted(outputs)}"
+            )
+        for name, recorded in self.outputs.items():
+            output = outputs[name]
+            if output.shape != recorded.shape or output.dtype != recorded.dtype:
+                raise BadVersion(
+                    Reason.PROBE_MISMATCH,
+                    f"output {name!r}: recorded {recorded.dtype}{list(recorded.shape)}, "
+                    f"replayed {output.dtype}{list(output.shape)}",
+                )
+            if not torch.allclose(output.double(), recorded.double(), rtol=rtol, atol=atol):
+                worst = (output.double() - recorded.double()).abs().max().item()
+                raise BadVersion(
+                    Reason.PROBE_MISMATCH,
+                    f"output {name!r} differs from the one recorded at publishing by up to {worst:.3g} "
+                    f"(allowed: {atol:g} + {rtol:g} × |recorded|): what was loaded is not what was trained",
+                )
+
+
+def tolerances(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[float, float]:
+    """rtol and atol that answers of a model with these weights may differ by when it runs on this device."""
+    candidates = [_TOLERANCES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in _TOLERANCES]
+    if device.type != "cpu":
+        candidates.append(_ON_GPU)
+    rtol, atol = zip(*candidates, strict=True) if candidates else ((0.0,), (0.0,))
+    return max(rtol), max(atol)
+
+
+def drift(outputs: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    """Mean |difference| of two sets of outputs over their common names: how far a new version moves the answers."""
+    differences = [
+        (outputs[name].double() - others[name].double()).abs().flatten()
+        for name in outputs.keys() & others.keys()
+        if outputs[name].shape == others[name].shape
+    ]
+    together = torch.cat(differences) if differences else torch.empty(0)
+    return float(together.mean()) if len(together) else 0.0

@@ -1,0 +1,56 @@
+"""The proof that a version is what it claims to be: fetch its bytes, verify them in a module, replay its probe.
+
+Three steps, each for itself, because a service shows which one a version is at, and times it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from emaswap.errors import BadVersion, Reason
+from emaswap.files.tensor_file import Blob, dtype_name, named_tensors, not_finite
+from emaswap.store import Store
+from emaswap.versions.architecture import build, fill
+from emaswap.versions.manifest import Manifest
+from emaswap.versions.probe import Probe, tolerances
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The tensors of a version, their bytes verified against the digests in its manifest."""
+
+    weights: dict[str, Tensor]
+    probe: Probe
+
+
+def fetch(store: Store, manifest: Manifest) -> Fetched:
+    """Read weights and probe once into private memory. Raises `BadVersion` when a file is not what it should be."""
+    weights = store.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size)).tensors
+    recorded = store.tensors("probes", Blob(manifest.probe.digest, manifest.probe.size)).tensors
+    return Fetched(weights, Probe.from_tensors(recorded))
+
+
+def verify(manifest: Manifest, fetched: Fetched, *, trusted: Iterable[str], device: torch.device) -> nn.Module:
+    """A module with the fetched weights in it. Raises `BadVersion` when they are not finite or do not fit."""
+    weights = fetched.weights
+    if bad := not_finite(weights):
+        raise BadVersion(Reason.NOT_FINITE, f"NaN or infinity in {', '.join(bad[:20])}")
+    module = build(manifest.architecture, trusted=trusted)
+    fill(module, weights)
+    table = {name: (info.dtype, info.shape) for name, info in manifest.weights.tensors.items()}
+    found = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in weights.items()}
+    if different := sorted(name for name in table.keys() | found.keys() if table.get(name) != found.get(name)):
+        raise BadVersion(
+            Reason.MANIFEST_INVALID, f"its table of tensors is not that of the file: {', '.join(different[:20])}"
+        )
+    return module.to(device)
+
+
+def replay(manifest: Manifest, fetched: Fetched, module: nn.Module, *, device: torch.device) -> dict[str, Tensor]:
+    """The module's answers to the probe. Raises `BadVersion` when they are not those recorded at publishing."""
+    outputs = fetched.probe.replay(module, manifest.signature)
+    rtol, atol = tolerances(named_tensors(module), device)
+    fetched.probe.compare(outputs, rtol=max(rtol, manifest.probe.rtol), atol=max(atol, manifest.probe.atol))
+    return outputs

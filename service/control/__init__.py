@@ -1,0 +1,1 @@
+"""Which version is live: watching, deciding, loading. Knows no HTTP and no batch."""

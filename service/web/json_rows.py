@@ -1,0 +1,158 @@
+"""From a request's JSON to arrays that fit a signature, or a refusal that says which row does not, and why."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from emaswap import Signature, TensorField
+from service.refusal import Refusal
+from service.serving.servable import Rows
+
+# numpy has no bfloat16: such an input is parsed as float32 and narrowed by torch.
+_NUMPY_DTYPES = {"bfloat16": np.dtype("float32")}
+
+
+# What torch rounds to infinity: half a step above the largest bfloat16.
+_BFLOAT16_END = float.fromhex("0x1.FFp127")
+
+
+def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
+    """The inputs of a request body, by name and in the signature's order. Raises `Refusal`."""
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Refusal("invalid_json", f"the body is not JSON: {error}") from None
+    if not isinstance(request, dict) or "inputs" not in request:
+        raise Refusal("invalid_inputs", f'expected an object {{"inputs": [row, ...]}}, got {_kind(request)}')
+    inputs, fields = request["inputs"], signature.inputs
+    names = [field.name for field in fields]
+    quotes = 2 + 2 * len(fields)
+    if not isinstance(inputs, dict):
+        if len(fields) > 1:
+            raise Refusal("invalid_inputs", f"expected inputs by name: {names}, got {_kind(inputs)}")
+        inputs, quotes = {names[0]: inputs}, 2
+    if inputs.keys() != set(names):
+        raise Refusal("invalid_inputs", f"expected the inputs {names}, got {_keys(inputs)}")
+
+    counts = {name: _count(name, inputs[name]) for name in names}
+    if len(set(counts.values())) > 1:
+        raise Refusal("wrong_shape", f"expected as many rows of each input, got {counts}")
+    if (rows := counts[names[0]]) > max_rows:
+        raise Refusal("too_many_rows", f"expected at most {max_rows} rows in a request, got {rows}: send several")
+
+    # Text would make numpy allocate the longest text's length for every value, and true beside a number is 1 to it.
+    # Both leave traces in the body, and looking for them there costs next to nothing.
+    suspicious = body.count(b'"') > quotes or b"true" in body or b"false" in body
+    return {field.name: _array(inputs[field.name], field, suspicious=suspicious) for field in fields}
+
+
+def _count(name: str, rows: Any) -> int:
+    if not isinstance(rows, list) or not rows:
+        raise Refusal("wrong_shape", f"input {name!r}: expected a list of at least one row, got {_kind(rows)}")
+    return len(rows)
+
+
+def _array(rows: list[Any], field: TensorField, *, suspicious: bool) -> NDArray[np.generic]:
+    if suspicious:
+        for index, row in enumerate(rows):
+            _refuse_strangers(row, index, field)
+    try:
+        array = np.asarray(rows)
+    except (ValueError, OverflowError):  # ragged, or deeper than numpy goes
+        raise _blame(rows, field) from None
+    if array.dtype.kind in "bifu" and field.accepts(array.shape[1:]):
+        cast = _cast(array, field)
+        if cast is not None:
+            return cast
+    raise _blame(rows, field)
+
+
+def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None:
+    """The array in the field's dtype; `None` when a value is of another kind or out of range."""
+    dtype = _numpy_dtype(field)
+    if array.size == 0:
+        return array.astype(dtype)
+    if dtype.kind == "f":
+        if array.dtype.kind == "b":
+            return None
+        with np.errstate(over="ignore"):
+            cast = array.astype(dtype)
+        finite = np.isfinite(cast)
+        if field.dtype == "bfloat16":
+            finite &= np.abs(cast) < _BFLOAT16_END
+        if not finite.all():
+            row = int(np.argwhere(~finite)[0][0])
+            raise Refusal("not_finite", f"input {field.name!r}, row {row}: a value is too large for {field.dtype}")
+        return cast
+    if array.dtype.kind not in ("b" if dtype.kind == "b" else "iu"):
+        return None
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if array.min() < limits.min or array.max() > limits.max:
+            return None
+    return array.astype(dtype)
+
+
+def _blame(rows: list[Any], field: TensorField) -> Refusal:
+    """The refusal that names the first row which does not fit, once it is known that one does not."""
+    first: tuple[int, ...] | None = None
+    for index, row in enumerate(rows):
+        _refuse_strangers(row, index, field)
+        try:
+            shape = np.asarray(row).shape
+        except (ValueError, OverflowError):
+            return Refusal("wrong_shape", f"input {field.name!r}, row {index}: expected {field}, got a ragged list")
+        if not field.accepts(shape):
+            return Refusal("wrong_shape", f"input {field.name!r}, row {index}: expected {field}, got shape {shape}")
+        if first is not None and shape != first:
+            return Refusal(
+                "wrong_shape",
+                f"input {field.name!r}, row {index}: its shape {shape} is not that of the rows before it, {first}; "
+                "send rows of different sizes in requests of their own",
+            )
+        first = shape
+    return Refusal("wrong_dtype", f"input {field.name!r}: expected {field}, got values that have no dtype in common")
+
+
+def _refuse_strangers(row: Any, index: int, field: TensorField) -> None:
+    """Raises `Refusal` for the first value in a row that the field's dtype does not have."""
+    dtype = _numpy_dtype(field)
+    limits = np.iinfo(dtype) if dtype.kind in "iu" else None
+    kinds = (bool,) if dtype.kind == "b" else (int,) if limits else (int, float)
+    left = [row]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left.extend(reversed(value))
+        elif not isinstance(value, kinds) or (isinstance(value, bool) and dtype.kind != "b"):
+            raise _wrong_dtype(field, index, _kind(value))
+        elif limits and not limits.min <= value <= limits.max:
+            raise _wrong_dtype(field, index, f"a number outside {limits.min}..{limits.max}")
+
+
+def _wrong_dtype(field: TensorField, row: int, came: str) -> Refusal:
+    return Refusal("wrong_dtype", f"input {field.name!r}, row {row}: expected {field}, got {came}")
+
+
+def _numpy_dtype(field: TensorField) -> np.dtype[Any]:
+    return _NUMPY_DTYPES.get(field.dtype) or np.dtype(field.dtype)
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in JSON's words, and short whatever its size."""
+    if isinstance(value, Mapping):
+        return f"an object with the keys {_keys(value)}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"the number {value}"
+
+
+def _keys(value: Mapping[str, Any]) -> list[str]:
+    return [key[:40] for key in sorted(value)[:20]]

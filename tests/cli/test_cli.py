@@ -1,0 +1,125 @@
+"""The `emaswap` command, on stores that publishers have filled."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from emaswap import DirectoryStore, __version__, cli
+from emaswap.store.line import Term
+from emaswap.store.versions import tensors_key
+from tests.conftest import Publish
+from tests.forging import FORGERIES, commit
+
+ALL = ["--trust", "tests.models.*"]
+
+
+def emaswap(*arguments: object) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_ls_shows_each_version_on_a_line(store: DirectoryStore, publish: Publish) -> None:
+    """A line has number, step and digest; the pinned version is marked, and so is one whose weights were pruned."""
+    manifests = [publish(step=step) for step in (10, 20, 30)]
+    assert emaswap("pin", "--store", store.root, 2).exit_code == 0
+    store.delete(tensors_key("weights", manifests[0].weights.digest))
+    result = emaswap("ls", "--store", store.root)
+    assert result.exit_code == 0
+    _, first, second, third = result.output.strip().splitlines()
+    assert first.split()[:3] == ["1", "1", "10"]
+    assert "weights pruned" in first
+    assert manifests[1].weights.digest[:19] in second
+    assert second.rstrip().endswith("pinned")
+    assert "pinned" not in third
+
+
+def test_ls_shows_what_cannot_be_read(store: DirectoryStore) -> None:
+    """A version with a broken manifest has a line, too."""
+    commit(store, Term(store, "test"), FORGERIES["manifest not JSON"])
+    assert "cannot be read: manifest_invalid" in emaswap("ls", "--store", store.root).output
+
+
+def test_show_prints_the_manifest(store: DirectoryStore, publish: Publish) -> None:
+    """What is printed is the JSON that is stored."""
+    publish(step=7)
+    shown = json.loads(emaswap("show", "--store", store.root, 1).output)
+    assert shown == json.loads(store.manifest_bytes(1))
+
+
+def test_verify_finds_the_bad_ones(store: DirectoryStore) -> None:
+    """Every version is proven as a service would; the status is 1 when one is not right, 0 when all are."""
+    term = Term(store, "test")
+    commit(store, term)
+    commit(store, term, FORGERIES["flipped bit"])
+    commit(store, term, FORGERIES["wrong probe answer"])
+    result = emaswap("verify", "--store", store.root, *ALL)
+    assert result.exit_code == 1
+    verdicts = dict(re.findall(r"^version (\d): (\w+)", result.output, re.MULTILINE))
+    assert verdicts == {"1": "right", "2": "digest_mismatch", "3": "probe_mismatch"}
+    assert emaswap("verify", "--store", store.root, *ALL, 1).exit_code == 0
+
+
+def test_verify_trusts_no_more_than_it_is_told(store: DirectoryStore) -> None:
+    """Without --trust, a factory of somebody's own is not run."""
+    commit(store, Term(store, "test"))
+    result = emaswap("verify", "--store", store.root)
+    assert result.exit_code == 1
+    assert "untrusted_factory" in result.output
+
+
+def test_pin_and_unpin_write_the_store(store: DirectoryStore, publish: Publish) -> None:
+    """A pin is there with its reason until it is unpinned; a version that is not there cannot be pinned."""
+    publish()
+    assert emaswap("pin", "--store", store.root, 1, "--reason", "the good one").exit_code == 0
+    pin = store.pin()
+    assert pin is not None
+    assert (pin.version, pin.reason) == (1, "the good one")
+    assert emaswap("unpin", "--store", store.root).exit_code == 0
+    assert store.pin() is None
+    assert emaswap("pin", "--store", store.root, 2).exit_code != 0
+    assert store.pin() is None
+
+
+def test_prune_keeps_what_it_is_told_to(store: DirectoryStore, publish: Publish) -> None:
+    """The newest, the pinned, and the manifest that opened the term remain."""
+    for _ in range(5):
+        publish()
+    emaswap("pin", "--store", store.root, 3)
+    result = emaswap("prune", "--store", store.root, "--keep", 1, "--grace", 0)
+    assert "pruned 3 versions" in result.output
+    assert store.versions() == [1, 3, 5]
+    assert len(store.names("weights")) == 2
+
+
+def test_the_store_may_be_named_by_a_variable(
+    store: DirectoryStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EMASWAP_STORE stands in for --store."""
+    publish()
+    monkeypatch.setenv("EMASWAP_STORE", str(store.root))
+    assert emaswap("ls").output.splitlines()[1].split()[0] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["ls", "--store", "nowhere"], "does not exist"), (["ls", "--store", "ftp://x"], "cannot open 'ftp://x'")],
+    ids=["no store", "a store of another kind"],
+)
+def test_an_error_is_one_line_and_status_1(tmp_path: Path, arguments: list[str], says: str) -> None:
+    """What goes wrong is said without a traceback."""
+    command = [sys.executable, "-m", "emaswap", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("emaswap: ")
+    assert says in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_release_is_printed() -> None:
+    """`emaswap --version` says which release this is."""
+    assert emaswap("--version").output.strip() == __version__

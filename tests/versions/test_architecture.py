@@ -1,0 +1,316 @@
+"""Building a module from trusted factories only, and filling it with verified weights."""
+
+import io
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emaswap import Architecture, BadVersion, Constant, ModelEMA, Reason
+from emaswap.files.tensor_file import named_tensors, read, write
+from emaswap.versions.architecture import build, fill, is_trusted
+from tests.models import Everything, Linear
+
+SOURCE = """
+from functools import lru_cache
+from pathlib import Path
+from torch import nn
+from torch.nn import Linear
+from os import remove
+
+Path(__file__).with_suffix(".imported").touch()
+answer = 42
+
+class Net(nn.Module):
+    def __init__(self, width=1):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+def make(width=1):
+    return Net(width)
+
+def text():
+    return "not a module"
+
+def cls():
+    return Net
+
+def fail():
+    raise RuntimeError("no such luck")
+"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on the path that leaves a file behind when its code runs."""
+
+    folder: Path
+
+    @property
+    def was_imported(self) -> bool:
+        """Whether any of its code has run."""
+        return bool(list(self.folder.rglob("*.imported")))
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
+    """A package `nets` with a module `nets.small`, and modules `netsx` and `broken` beside it, on the import path."""
+    (tmp_path / "nets").mkdir()
+    for path in ("nets/__init__.py", "nets/small.py", "netsx.py"):
+        (tmp_path / path).write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("raise ImportError('half installed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield Package(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("nets", "netsx", "broken")]:
+        del sys.modules[name]
+
+
+def reason_for(factory: str, *trusted: str, **arguments: int) -> Reason:
+    """Why building from this factory is refused."""
+    with pytest.raises(BadVersion, match=factory) as raised:
+        build(Architecture(factory=factory, arguments=dict(arguments)), trusted=trusted)
+    return raised.value.reason
+
+
+# -- trust ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factory", "trusted", "expected"),
+    [
+        pytest.param("a.b:Net", [], False, id="nothing trusted"),
+        pytest.param("a.b:Net", ["a.b:Net"], True, id="itself"),
+        pytest.param("a.b:Net", ["a.b:Other"], False, id="another of its module"),
+        pytest.param("a.b:Net", ["a.b:Net2"], False, id="a longer name"),
+        pytest.param("a.b:Net2", ["a.b:Net"], False, id="a shorter name"),
+        pytest.param("a.b:Net", ["a.*"], True, id="the package above"),
+        pytest.param("a.b.c:Net", ["a.*"], True, id="a package further above"),
+        pytest.param("a:Net", ["a.*"], True, id="the package itself"),
+        pytest.param("a.b:Net", ["a.b.*"], True, id="the module as a package"),
+        pytest.param("a.b:Net", ["a.b.c.*"], False, id="a package below"),
+        pytest.param("ab:Net", ["a.*"], False, id="a package that begins alike"),
+        pytest.param("a.bc:Net", ["a.b.*"], False, id="a module that begins alike"),
+        pytest.param("b.a:Net", ["a.*"], False, id="the package's name further down"),
+        pytest.param("a.b:Net", ["a.b"], False, id="a module without a star"),
+        pytest.param("a.b:Net", ["a.b:*"], False, id="a star for the name"),
+        pytest.param("a.b:Net", ["*"], False, id="a star alone"),
+        pytest.param("a.b:Net", [".*"], False, id="a dot and a star"),
+        pytest.param("a.b:Net", ["a*"], False, id="a star without a dot"),
+        pytest.param("a.b:Net", [""], False, id="nothing at all"),
+        pytest.param("a.b:Net", ["c.*", "a.b:Net"], True, id="one of several"),
+    ],
+)
+def test_trust_is_by_whole_names(factory: str, trusted: list[str], expected: bool) -> None:
+    """A factory is trusted by its full name, or by a package that it is in or below; names that begin alike are not."""
+    assert is_trusted(factory, trusted) is expected
+
+
+@pytest.mark.parametrize(
+    ("factory", "trusted"),
+    [
+        pytest.param("nets.small:Net", (), id="nothing trusted"),
+        pytest.param("nets.small:Net", ("nets.small:make", "netsx.*"), id="others trusted"),
+        pytest.param("netsx:Net", ("nets.*",), id="a name that begins alike"),
+    ],
+)
+def test_code_that_is_not_trusted_does_not_run(package: Package, factory: str, trusted: tuple[str, ...]) -> None:
+    """A factory that is not trusted is refused without being imported, nor any package above it."""
+    assert reason_for(factory, *trusted) == Reason.UNTRUSTED_FACTORY
+    assert not package.was_imported
+
+
+def test_a_refusal_says_how_to_trust() -> None:
+    """The message names the trusted factories, and the flag that would add this one."""
+    with pytest.raises(BadVersion, match=r"\(emaswap\.models\.\*\).*--trust nets\.small:Net"):
+        build(Architecture(factory="nets.small:Net"))
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("trusted", ["nets.*", "nets.small.*", "nets.small:Net"])
+def test_a_trusted_class_is_built(trusted: str) -> None:
+    """A class is built with its arguments, in eval mode and without gradients, whichever way it is trusted."""
+    module = build(Architecture(factory="nets.small:Net", arguments={"width": 3}), trusted=[trusted])
+    assert module.state_dict()["layer.weight"].shape == (3, 3)
+    assert not any(part.training for part in module.modules())
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.usefixtures("package")
+def test_a_trusted_function_is_called() -> None:
+    """A factory may be a function that returns a module."""
+    module = build(Architecture(factory="nets.small:make", arguments={"width": 2}), trusted=["nets.*"])
+    assert type(module).__name__ == "Net"
+
+
+def test_the_reference_networks_are_trusted_by_default() -> None:
+    """Without a list, the project's own networks are trusted, and no others."""
+    assert isinstance(build(Architecture(factory="emaswap.models.digits:DigitsNet")), nn.Module)
+    with pytest.raises(BadVersion) as raised:
+        build(Architecture(factory="tests.models:Linear"))
+    assert raised.value.reason == Reason.UNTRUSTED_FACTORY
+
+
+@pytest.mark.parametrize("name", ["Linear", "nn", "lru_cache", "remove", "answer", "Path"])
+def test_a_package_is_trusted_for_what_it_defines(package: Package, name: str) -> None:
+    """What a trusted module merely imports is refused, and nothing is called."""
+    file = package.folder / "keep"
+    file.touch()
+    architecture = Architecture(factory=f"nets.small:{name}", arguments={"path": str(file)})
+    with pytest.raises(BadVersion, match=f"nets.small:{name} is imported from elsewhere"):
+        build(architecture, trusted=["nets.*"])
+    assert file.exists()
+
+
+@pytest.mark.usefixtures("package")
+def test_what_is_named_exactly_may_be_defined_elsewhere() -> None:
+    """A factory that a module imports can be used where it is trusted by its own name there."""
+    architecture = Architecture(factory="nets.small:Linear", arguments={"in_features": 2, "out_features": 1})
+    assert type(build(architecture, trusted=["nets.small:Linear"])) is nn.Linear
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    "factory",
+    [
+        pytest.param("nets.small:fail", id="it raises"),
+        pytest.param("nets.small:text", id="it returns no module"),
+        pytest.param("nets.small:cls", id="it returns a class"),
+        pytest.param("nets.small:answer", id="it is no function"),
+        pytest.param("nets.small:missing", id="it is not there"),
+        pytest.param("nets.missing:Net", id="its module is not there"),
+        pytest.param("missing_altogether:Net", id="its package is not there"),
+        pytest.param("broken:Net", id="its module does not import"),
+    ],
+)
+def test_a_trusted_factory_that_fails_is_a_bad_version(factory: str) -> None:
+    """Whatever is wrong with a trusted factory, the version is refused for it, by name."""
+    assert reason_for(factory, factory, "nets.*") == Reason.FACTORY_FAILED
+
+
+@pytest.mark.usefixtures("package")
+def test_wrong_arguments_are_a_bad_version() -> None:
+    """Arguments that the factory does not take are refused by name."""
+    with pytest.raises(BadVersion, match="height") as raised:
+        build(Architecture(factory="nets.small:Net", arguments={"height": 3}), trusted=["nets.*"])
+    assert raised.value.reason == Reason.FACTORY_FAILED
+
+
+# -- weights into a module -----------------------------------------------------------------------------------------
+
+
+def test_a_module_is_filled_with_copies() -> None:
+    """After filling, the module has the weights, and no memory in common with where they came from."""
+    module = Linear()
+    tensors = {name: torch.randn_like(tensor) for name, tensor in named_tensors(module).items()}
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    fill(module, tensors)
+    for tensor in tensors.values():
+        tensor.zero_()
+    torch.testing.assert_close(named_tensors(module), expected, rtol=0, atol=0)
+
+
+def bent(**changes: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of `Everything`, all of them ones; `None` leaves one out."""
+    tensors = {name: torch.ones_like(tensor) for name, tensor in named_tensors(Everything()).items()}
+    named = {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    return {name: tensor for name, tensor in {**tensors, **named}.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason", "named"),
+    [
+        pytest.param(
+            bent(steps=None, norm__bias=None), Reason.MISSING_TENSOR, ["steps", "norm.bias"], id="two missing"
+        ),
+        pytest.param(
+            bent(extra=torch.ones(1), more__bias=torch.ones(1)),
+            Reason.UNEXPECTED_TENSOR,
+            ["extra", "more.bias"],
+            id="two unexpected",
+        ),
+        pytest.param(
+            bent(decode__weight=torch.ones(6, 6)),
+            Reason.UNEXPECTED_TENSOR,
+            ["decode.weight"],
+            id="a tied one under its second name",
+        ),
+        pytest.param(bent(scale=torch.ones(6)), Reason.UNEXPECTED_TENSOR, ["scale"], id="a non-persistent buffer"),
+        pytest.param(
+            bent(norm__bias=torch.ones(5), norm__weight=torch.ones(1)),
+            Reason.WRONG_SHAPE,
+            ["norm.bias (expected [6], got [5])", "norm.weight (expected [6], got [1])"],
+            id="two of another shape",
+        ),
+        pytest.param(
+            bent(encode__weight=torch.ones(36)),
+            Reason.WRONG_SHAPE,
+            ["encode.weight (expected [6, 6], got [36])"],
+            id="as many numbers in another shape",
+        ),
+        pytest.param(
+            bent(steps=torch.ones(()), norm__bias=torch.ones(6).double()),
+            Reason.WRONG_DTYPE,
+            ["steps (expected int64, got float32)", "norm.bias (expected float32, got float64)"],
+            id="two of another dtype",
+        ),
+        pytest.param({}, Reason.MISSING_TENSOR, ["encode.weight", "steps"], id="none at all"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_change_nothing(
+    tensors: dict[str, Tensor], reason: Reason, named: list[str]
+) -> None:
+    """Every tensor that is wrong is named in the reason, and the module keeps the weights that it had."""
+    module = Everything()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(BadVersion) as raised:
+        fill(module, tensors)
+    assert raised.value.reason == reason
+    for problem in named:
+        assert problem in raised.value.detail
+    torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
+
+
+def test_very_many_wrong_tensors_are_counted() -> None:
+    """A reason stays short enough to show: twenty names, and how many more there are."""
+    with pytest.raises(BadVersion, match="x26 and 80 more") as raised:
+        fill(nn.ReLU(), {f"x{i}": torch.ones(1) for i in range(100)})
+    assert raised.value.detail.count(",") == 19
+
+
+def test_an_average_comes_out_of_a_file_to_the_last_bit() -> None:
+    """Tied weights, integer buffers and non-persistent buffers are right: the rebuilt module answers like the average."""
+    torch.manual_seed(0)
+    model = Everything(width=5)
+    ema = ModelEMA(model, decay=Constant(0.9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        model(torch.randn(8, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+    file = io.BytesIO()
+    blob = write(file, named_tensors(ema.ema))
+    file.seek(0)
+
+    module = build(Architecture.of(Everything, width=5), trusted=["tests.models.*"])
+    fill(module, read(file, blob).tensors)
+    assert isinstance(module, Everything)
+    assert module.encode.weight is module.decode.weight
+    assert module.steps.item() == 5
+    assert module.norm.num_batches_tracked is not None
+    assert module.norm.num_batches_tracked.item() == 5
+    rows = torch.randn(16, 5)
+    with torch.no_grad():
+        assert torch.equal(module(rows), ema.ema(rows))
+
+
+def test_numbers_that_are_not_finite_are_filled_as_they_are() -> None:
+    """Filling judges names, shapes and dtypes; whether values are finite is judged elsewhere."""
+    module = nn.Linear(1, 1, bias=False)
+    fill(module, {"weight": torch.tensor([[math.inf]])})
+    assert module.weight.item() == math.inf
