@@ -12,9 +12,10 @@ from torch import Tensor
 
 from emaswap import Architecture, DirectoryStore, Manifest, Reason, Signature
 from emaswap.files.digest import digest_of, stem_of
-from emaswap.files.tensor_file import Blob, dtype_name, named_tensors
+from emaswap.files.tensor_file import Blob
 from emaswap.store.line import Place, Term
 from emaswap.store.versions import tensors_key
+from emaswap.tensors import dtype_name, named_tensors
 from emaswap.versions.manifest import ProbeInfo, TensorInfo, WeightsInfo
 from emaswap.versions.probe import Probe
 from tests.models import Linear

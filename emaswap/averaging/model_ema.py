@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from emaswap.averaging.plan import Buffers, Plan
 from emaswap.averaging.schedule import ExponentialRamp, Schedule, from_description, span_decay
 from emaswap.errors import EmaError
+from emaswap.tensors import plain_name
 
 Value = TypeVar("Value", float, Tensor)
 
@@ -337,7 +338,7 @@ def _reshard(module: nn.Module) -> None:
 
 def _check_named(patterns: Iterable[str], module: nn.Module) -> None:
     """Raises `EmaError` for a pattern that names no tensor: a misspelt one would be averaged in silence."""
-    names = [name.replace("_orig_mod.", "") for name in module.state_dict()]
+    names = [plain_name(name) for name in module.state_dict()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise EmaError(f"exclude={pattern!r} names nothing that is averaged: there are {', '.join(names[:10])} ...")

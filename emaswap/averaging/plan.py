@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import EmaError
+from emaswap.tensors import plain_name
 
 Buffers = Literal["average", "copy"]
 
@@ -176,7 +177,7 @@ class _Held:
 
     def state(self) -> dict[str, Tensor]:
         """The state under its names, without what `torch.compile` puts into them."""
-        names = (name.replace("_orig_mod.", "") for name in self._names)
+        names = (plain_name(name) for name in self._names)
         return dict(zip(names, self._tensors, strict=True))
 
     def put_back(self) -> None:
@@ -215,7 +216,7 @@ def _memory(tensor: Tensor) -> object:
 
 
 def _buffer_names(model: nn.Module) -> set[str]:
-    return {name.replace("_orig_mod.", "") for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {plain_name(name) for name, _ in model.named_buffers(remove_duplicate=False)}
 
 
 def _difference(averages: dict[str, Tensor], weights: dict[str, Tensor]) -> str:

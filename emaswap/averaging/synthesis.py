@@ -23,6 +23,7 @@ from emaswap.errors import BadVersion, EmaError, Missing
 from emaswap.files.tensor_file import Blob
 from emaswap.store import Store, open_store
 from emaswap.store.versions import tensors_key
+from emaswap.tensors import plain_name
 from emaswap.versions.manifest import EmaInfo, Manifest
 
 Array = npt.NDArray[np.float64]
@@ -56,8 +57,7 @@ class Snapshot:
             raise EmaError(f"no profile {profile!r}: there are {', '.join(ema.profiles) or 'none'}")
         module, schedule = (ema.ema, ema.decay) if profile is None else (ema.profiles[profile], ema.schedules[profile])
         tensors = {
-            name.replace("_orig_mod.", ""): tensor.detach().to("cpu", copy=True)
-            for name, tensor in module.state_dict().items()
+            plain_name(name): tensor.detach().to("cpu", copy=True) for name, tensor in module.state_dict().items()
         }
         return cls(schedule, ema.updates, tensors, ema.update_every)
 

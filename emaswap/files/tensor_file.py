@@ -2,7 +2,7 @@
 
 The format is that of https://github.com/huggingface/safetensors: eight bytes of little-endian header length,
 a JSON header, the tensors' bytes without holes. The files are ordinary ones, readable by the `safetensors` package. This
-module knows neither stores nor modules' classes; it never unpickles and never maps a file into memory.
+module knows neither stores nor modules; it never unpickles and never maps a file into memory.
 """
 
 import json
@@ -13,10 +13,11 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
 from emaswap.files.digest import Algorithm, Digest, algorithm_of, new_hasher
+from emaswap.tensors import dtype_name
 
 MAX_HEADER_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
@@ -46,29 +47,6 @@ class TensorFile:
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` as "float32", the spelling that manifests use."""
-    return str(dtype).removeprefix("torch.")
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state by name, each tied tensor once, under its first name.
-
-    Names lose the `_orig_mod.` that `torch.compile` puts into them. Raises `EmaswapError` for state that is not a tensor.
-    """
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            raise EmaswapError(
-                f"state {name!r} is a {type(tensor).__name__}, not a tensor: keep such state out of state_dict()"
-            )
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name.replace("_orig_mod.", "")] = tensor.detach()
-    return tensors
 
 
 def write(
@@ -200,19 +178,3 @@ def _view(data: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: torch.dtype) 
     if data.ctypes.data % dtype.itemsize:
         data = data.copy()  # other writers need not align
     return torch.from_numpy(data).view(dtype)
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the floating-point tensors (on the CPU) that hold a NaN or an infinity."""
-    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    if tensor.dtype == torch.bfloat16:
-        # numpy has no bfloat16; its exponent bits are all set in just the NaNs and infinities.
-        bits = tensor.contiguous().view(torch.int16).numpy()
-        return bool(((bits & 0x7F80) != 0x7F80).all())
-    # Twenty times as fast as torch.isfinite on one core.
-    return bool(np.isfinite(tensor.numpy()).all())

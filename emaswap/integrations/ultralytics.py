@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from emaswap.averaging.schedule import window
-from emaswap.files.tensor_file import dtype_name
 from emaswap.integrations.bridge import Publishing, warn_of
 from emaswap.store import Store
+from emaswap.tensors import dtype_name
 from emaswap.versions.manifest import Architecture, EmaInfo
 from emaswap.versions.signature import Inputs
 

@@ -21,12 +21,12 @@ from torch import nn
 from emaswap.averaging.model_ema import ModelEMA
 from emaswap.errors import BadVersion, EmaswapError, Fenced, PublishError
 from emaswap.files.digest import Algorithm
-from emaswap.files.tensor_file import dtype_name, named_tensors, not_finite
 from emaswap.priority import give_way
 from emaswap.publishing.snapshot import MAIN, Layout, PrivateCopy, Staging, layout_of
 from emaswap.store import Store, open_store
 from emaswap.store.line import Term
 from emaswap.store.retention import Retention
+from emaswap.tensors import dtype_name, named_tensors, not_finite, plain_name
 from emaswap.versions import architecture as architectures
 from emaswap.versions.manifest import (
     Architecture,
@@ -322,7 +322,7 @@ def _wider(module: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tens
     """The module's floating-point parameters that take more bytes than this dtype; buffers are small, and stay."""
     if dtype is None:
         return {}
-    names = {name.replace("_orig_mod.", "") for name, _ in module.named_parameters()}
+    names = {plain_name(name) for name, _ in module.named_parameters()}
     return {
         name: tensor
         for name, tensor in named_tensors(module).items()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emaswap.averaging.model_ema import ModelEMA, unwrap
 from emaswap.averaging.schedule import Schedule, window
-from emaswap.files.tensor_file import dtype_name
+from emaswap.tensors import dtype_name
 from emaswap.versions.manifest import EmaInfo, TrainingInfo
 
 MAIN = ""

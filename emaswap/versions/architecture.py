@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
-from emaswap.files.tensor_file import dtype_name, named_tensors
+from emaswap.tensors import dtype_name, named_tensors
 from emaswap.versions.manifest import Architecture
 
 TRUSTED_BY_DEFAULT = ("emaswap.models.*",)

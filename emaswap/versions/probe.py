@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
-from emaswap.files.tensor_file import not_finite
+from emaswap.tensors import not_finite
 from emaswap.versions.signature import Inputs, Signature
 
 _INPUT, _OUTPUT = "input/", "output/"

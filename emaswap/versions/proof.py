@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, Reason
-from emaswap.files.tensor_file import Blob, dtype_name, named_tensors, not_finite
+from emaswap.files.tensor_file import Blob
 from emaswap.store import Store
+from emaswap.tensors import dtype_name, named_tensors, not_finite
 from emaswap.versions.architecture import build, fill
 from emaswap.versions.manifest import Manifest
 from emaswap.versions.probe import Probe, tolerances

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from emaswap.files.tensor_file import dtype_name
+from emaswap.tensors import dtype_name
 
 DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 Size = Annotated[int, Field(ge=0)]

@@ -17,16 +17,8 @@ from torch import Tensor, nn
 
 from emaswap import BadVersion, EmaswapError, Reason
 from emaswap.files.digest import Algorithm, digest_of
-from emaswap.files.tensor_file import (
-    MAX_HEADER_BYTES,
-    Blob,
-    TensorFile,
-    dtype_name,
-    named_tensors,
-    not_finite,
-    read,
-    write,
-)
+from emaswap.files.tensor_file import MAX_HEADER_BYTES, Blob, TensorFile, read, write
+from emaswap.tensors import dtype_name, named_tensors, not_finite
 from tests.models import Everything
 
 DTYPES = {

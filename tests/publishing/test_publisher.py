@@ -30,8 +30,9 @@ from emaswap import (
     TensorField,
     open_store,
 )
-from emaswap.files.tensor_file import Blob, named_tensors
+from emaswap.files.tensor_file import Blob
 from emaswap.store.versions import manifest_key, tensors_key
+from emaswap.tensors import named_tensors
 from emaswap.versions.probe import Probe
 from tests.disk import fill, small_disk
 from tests.models import Everything, Linear, Tokens

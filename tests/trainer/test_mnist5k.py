@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from emaswap import Architecture, ModelEMA
-from emaswap.files.tensor_file import named_tensors
 from emaswap.models.resnet import SmallResNet
+from emaswap.tensors import named_tensors
 from emaswap.versions.architecture import build, fill
 from tests.serving import ROOT
 from trainer.tasks import find_task, seeded

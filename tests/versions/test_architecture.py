@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from emaswap import Architecture, BadVersion, Constant, ModelEMA, Reason
-from emaswap.files.tensor_file import named_tensors, read, write
+from emaswap.files.tensor_file import read, write
+from emaswap.tensors import named_tensors
 from emaswap.versions.architecture import build, fill, is_trusted
 from tests.models import Everything, Linear
 
