@@ -42,7 +42,7 @@ class Publishing:
         """Nothing is opened before `open`. `publisher`: what else `Publisher` takes."""
         if every < 1:
             raise ValueError(f"versions are published every 1 or more, got {every}")
-        publisher |= {"model": model, "architecture": architecture, "probe": probe}
+        publisher |= {"name": model, "architecture": architecture, "probe": probe}
         inspect.signature(Publisher).bind(store, **publisher)  # a misspelt name shows here and not when training begins
         self.model_name = model
         self.publisher: Publisher | None = None
