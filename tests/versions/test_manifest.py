@@ -33,7 +33,7 @@ fields = st.builds(
     TensorField,
     name=text,
     dtype=st.sampled_from(["float32", "int64", "bool"]),
-    shape=st.lists(st.none() | st.integers(0, 1000), max_size=4).map(tuple),
+    shape=st.lists(st.none() | st.integers(1, 1000), max_size=4).map(tuple),
 )
 zones = st.integers(-14 * 60, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 manifests = st.builds(
