@@ -20,7 +20,8 @@ from emaswap.averaging.schedule import Schedule
 from emaswap.errors import Fenced
 from emaswap.publishing.publisher import Publisher
 from emaswap.store import Store
-from emaswap.versions.manifest import Architecture, EmaInfo
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo
 from emaswap.versions.signature import Inputs
 
 log = logging.getLogger(__name__)

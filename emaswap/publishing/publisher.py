@@ -28,8 +28,8 @@ from emaswap.store.line import Term
 from emaswap.store.retention import Retention
 from emaswap.tensors import dtype_name, named_tensors, not_finite, plain_name
 from emaswap.versions import architecture as architectures
+from emaswap.versions.architecture import Architecture
 from emaswap.versions.manifest import (
-    Architecture,
     EmaInfo,
     Manifest,
     ProbeInfo,
