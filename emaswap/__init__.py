@@ -1,6 +1,7 @@
 """emaswap: the EMA weights of a running training job, in front of users, safely and without a pause."""
 
-from emaswap.averaging.model_ema import EMA, ModelEMA
+from emaswap.averaging.ema import EMA
+from emaswap.averaging.model_ema import ModelEMA
 from emaswap.averaging.schedule import (
     Constant,
     CountRamp,

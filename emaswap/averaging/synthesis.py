@@ -23,7 +23,7 @@ from emaswap.errors import BadVersion, EmaError, Missing
 from emaswap.files.tensor_file import Blob
 from emaswap.store import Store, open_store
 from emaswap.store.versions import tensors_key
-from emaswap.tensors import plain_name
+from emaswap.tensors import differences, in_words, plain_name
 from emaswap.versions.manifest import EmaInfo, Manifest
 
 Array = npt.NDArray[np.float64]
@@ -265,10 +265,10 @@ class _Sum:
         if self._first is None:
             self._first = snapshot
             self._like = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        if problem := _difference(self._like, tensors):
+        if found := differences(self._like, tensors):
             raise EmaError(
                 f"expected snapshots of one model, but that after {snapshot.updates} updates is not like that after "
-                f"{self._first.updates}: {problem}"
+                f"{self._first.updates}: {in_words(found)}"
             )
         for name, tensor in tensors.items():
             is_number = tensor.is_floating_point() or tensor.is_complex()
@@ -284,22 +284,6 @@ class _Sum:
             name: self._sums[name].to(like.dtype) if name in self._sums else self._copies[name]
             for name, like in self._like.items()
         }
-
-
-def _difference(expected: State, found: State) -> str:
-    """What keeps two states from being combined, in words; empty when nothing does."""
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape or dtype": [
-            f"{name} {list(tensor.shape)} {tensor.dtype}, expected {list(expected[name].shape)} {expected[name].dtype}"
-            for name, tensor in found.items()
-            if name in expected and (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype)
-        ],
-    }
-    return "; ".join(
-        f"{what}: {', '.join(names[:5])}{' ...' if names[5:] else ''}" for what, names in problems.items() if names
-    )
 
 
 def _published(manifest: Manifest, tensors: Callable[[], State]) -> Snapshot:

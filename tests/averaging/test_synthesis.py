@@ -446,16 +446,18 @@ def test_intervals_are_not_mixed() -> None:
 @pytest.mark.parametrize(
     ("other", "problem"),
     [
-        pytest.param({"a": torch.ones(2)}, "missing: b", id="missing"),
-        pytest.param({"a": torch.ones(2), "b": torch.ones(1), "c": torch.ones(1)}, "unexpected: c", id="unexpected"),
+        pytest.param({"a": torch.ones(2)}, "missing tensor: b", id="missing"),
+        pytest.param(
+            {"a": torch.ones(2), "b": torch.ones(1), "c": torch.ones(1)}, "unexpected tensor: c", id="unexpected"
+        ),
         pytest.param(
             {"a": torch.ones(3), "b": torch.ones(1)},
-            r"of another shape or dtype: a \[3\] torch.float32, expected \[2\]",
+            r"wrong shape: a \(expected \[2\], got \[3\]\)",
             id="shape",
         ),
         pytest.param(
             {"a": torch.ones(2).double(), "b": torch.ones(1)},
-            r"of another shape or dtype: a \[2\] torch.float64, expected \[2\] torch.float32",
+            r"wrong dtype: a \(expected float32, got float64\)",
             id="dtype",
         ),
     ],
@@ -469,7 +471,7 @@ def test_snapshots_of_another_model_are_refused(other: dict[str, Tensor], proble
 
 def test_an_empty_state_is_a_state() -> None:
     """A first snapshot without tensors is not like a second one that has some."""
-    with pytest.raises(EmaError, match="unexpected: a"):
+    with pytest.raises(EmaError, match="unexpected tensor: a"):
         synthesize([Snapshot(WIDE, 100, NOTHING), Snapshot(WIDE, 200, {"a": torch.ones(1)})], WIDE)
 
 
