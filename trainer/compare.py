@@ -1,6 +1,6 @@
 """`python -m trainer.compare`: whether the averaged weights are better than the raw ones while training is noisy.
 
-Trains as `python -m trainer --schedule constant` does, once for each seed, without publishing, and writes down what came
+Trains as `python -m trainer --lr-schedule constant` does, once for each seed, without publishing, and writes down what came
 of it. At a constant learning rate the raw weights never settle, which is when an average should pay.
 """
 
@@ -23,10 +23,9 @@ from emaswap.device import pick_device
 from emaswap.settings import CommandSettings
 from trainer.curve import COLUMNS, Curve, reading, table
 from trainer.distributed import Ranks
+from trainer.evaluation import evaluate
 from trainer.loop import prepare
-from trainer.output import evaluate
 from trainer.plot import plot_bands
-from trainer.randomness import seed_run, seed_step
 from trainer.run import Run
 from trainer.settings import TrainerSettings
 from trainer.tasks import Task, find_task
@@ -65,28 +64,25 @@ class CompareSettings(CommandSettings):
         """The settings of one run; what is not named here is the trainer's default, whatever the environment says."""
         names = ("task", "steps", "batch_size", "learning_rate", "ema_decay", "device", "threads")
         return TrainerSettings.model_construct(
-            store="", seed=seed, schedule="constant", **{name: getattr(self, name) for name in names}
+            store="", seed=seed, lr_schedule="constant", **{name: getattr(self, name) for name in names}
         )
 
 
 def train(settings: CompareSettings, task: Task, seed: int) -> Curve:
-    """Train once, and evaluate every so many steps. Raises `EmaswapError` when the task measures no accuracy."""
-    ranks = Ranks(device=pick_device(settings.device))
+    """Train once and evaluate at intervals. Raises `EmaswapError` when the task measures no accuracy."""
     of_trainer = settings.trainer(seed)
     prepare(of_trainer)
-    seed_run(seed)
-    run = Run(of_trainer, task, ranks)
+    run = Run(of_trainer, task, Ranks(device=pick_device(settings.device)))
     assert run.ema is not None, "a single rank averages"
     steps: list[int] = []
     evaluations: list[dict[str, float]] = []
-    for step in track(range(settings.steps), f"seed {seed}"):
-        seed_step(seed, step, ranks.rank, ranks.device)
-        run.train_on(task.batch(step, settings.batch_size, seed), ranks)
-        if run.step % settings.evaluate_every == 0:
+    for _ in track(range(settings.steps), f"seed {seed}"):
+        run.step()
+        if run.steps % settings.evaluate_every == 0:
             metrics = evaluate(task, run.model, run.ema, run.learner.precision)
             if "raw_accuracy" not in metrics:
-                raise EmaswapError(f"the task {task.name!r} measures no accuracy, only {sorted(metrics)}")
-            steps.append(run.step)
+                raise EmaswapError(f"the task {task.name!r} measures no accuracy, only {', '.join(sorted(metrics))}")
+            steps.append(run.steps)
             evaluations.append(metrics)
     raw, ema = (tuple(metrics[f"{kind}_accuracy"] for metrics in evaluations) for kind in ("raw", "ema"))
     return Curve(seed, tuple(steps), raw, ema)
@@ -155,7 +151,7 @@ def _circumstances(settings: CompareSettings) -> str:
     device = pick_device(settings.device).type
     threads = f" (threads: {torch.get_num_threads()})" if device == "cpu" else ""
     return (
-        f"Each run is one of `python -m trainer --schedule constant`: AdamW with a learning rate of {run.learning_rate:g} "
+        f"Each run is one of `python -m trainer --lr-schedule constant`: AdamW with a learning rate of {run.learning_rate:g} "
         f"after {run.warmup_steps} steps of warm-up, a weight decay of {run.weight_decay:g}, batches of {run.batch_size}, "
         f"and an EMA whose decay rises to {run.ema_decay:g} with a time constant of {run.ema_tau:g} steps. "
         f"It ran on {device.upper()}{threads}, torch {torch.__version__.partition('+')[0]}. On one machine the same seed "

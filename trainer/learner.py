@@ -105,7 +105,7 @@ class Learner:
 
 
 def _factor(settings: TrainerSettings) -> partial[float]:
-    if settings.schedule == "constant":
+    if settings.lr_schedule == "constant":
         return partial(warmup_and_constant, warmup=settings.warmup_steps)
     return partial(
         warmup_and_cosine,
