@@ -1,7 +1,7 @@
-"""`python -m trainer.compare`: whether the averaged weights are better than the raw ones while training is noisy.
+"""`python -m trainer.compare`: compare the averaged weights with the raw ones while training is noisy.
 
-Trains as `python -m trainer --lr-schedule constant` does, once for each seed, without publishing, and writes down what came
-of it. At a constant learning rate the raw weights never settle, which is when an average should pay.
+Trains as `python -m trainer --lr-schedule constant` does, once per seed, without publishing, and writes a report. At a
+constant learning rate the raw weights never settle, which is when an average should pay.
 """
 
 import sys
@@ -34,14 +34,14 @@ _DOCUMENT, _PICTURE = "ema-vs-raw.md", "ema-vs-raw.png"
 
 
 class CompareSettings(CommandSettings):
-    """Compare the test accuracy of raw and averaged weights, at a constant learning rate, over several seeds."""
+    """Compare the test accuracy of raw and averaged weights over several seeds, at a constant learning rate."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m trainer.compare")
 
-    task: str = Field("mnist5k", description="What to train; its metrics must have an accuracy.")
-    seeds: int = Field(5, ge=1, description="How many runs: with seeds 0, 1, 2, ...")
-    steps: int = Field(2000, ge=1, description="Optimizer steps of a run; the second half is the noisy phase.")
-    evaluate_every: int = Field(50, ge=1, description="Steps from one evaluation to the next.")
+    task: str = Field("mnist5k", description="Task to train; its metrics must include an accuracy.")
+    seeds: int = Field(5, ge=1, description="Number of runs, with seeds 0, 1, 2, ...")
+    steps: int = Field(2000, ge=1, description="Optimizer steps per run; the second half is the noisy phase.")
+    evaluate_every: int = Field(50, ge=1, description="Evaluate every so many steps.")
     batch_size: int = Field(64, ge=1, description="Rows in a training batch.")
     learning_rate: float = Field(2e-3, gt=0, description="Learning rate of AdamW, constant after the warm-up.")
     ema_decay: float = Field(0.995, ge=0, lt=1, description="Final decay of the average.")
@@ -49,19 +49,21 @@ class CompareSettings(CommandSettings):
     threads: int = Field(
         1,
         ge=0,
-        description="Threads that torch computes with on the CPU: another number rounds otherwise; 0 is torch's.",
+        description="Threads that torch computes with on the CPU; another number rounds differently; 0 leaves the choice to torch.",
     )
-    folder: Path = Field(Path("docs"), description=f"Where {_DOCUMENT} and {_PICTURE} are written.")
+    folder: Path = Field(Path("docs"), description=f"Folder to write {_DOCUMENT} and {_PICTURE} to.")
 
     @field_validator("evaluate_every")
     @classmethod
-    def _happens(cls, value: int, info: ValidationInfo) -> int:
+    def _at_least_one(cls, value: int, info: ValidationInfo) -> int:
         if value > info.data.get("steps", value):
-            raise ValueError(f"nothing is evaluated in {info.data['steps']} steps; give at most as many")
+            raise ValueError(
+                f"expected at most the number of steps, {info.data['steps']}, got {value}: nothing would be evaluated"
+            )
         return value
 
     def trainer(self, seed: int) -> TrainerSettings:
-        """The settings of one run; what is not named here is the trainer's default, whatever the environment says."""
+        """Return the settings of one run: the trainer's defaults otherwise, whatever the environment says."""
         names = ("task", "steps", "batch_size", "learning_rate", "ema_decay", "device", "threads")
         return TrainerSettings.model_construct(
             store="", seed=seed, lr_schedule="constant", **{name: getattr(self, name) for name in names}
@@ -89,7 +91,7 @@ def train(settings: CompareSettings, task: Task, seed: int) -> Curve:
 
 
 def write(settings: CompareSettings, curves: Sequence[Curve]) -> None:
-    """Write the document and its picture. Raises `EmaswapError` when that fails."""
+    """Write the report and its picture. Raises `EmaswapError` when that fails."""
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
         (settings.folder / _DOCUMENT).write_text(document(settings, curves))
@@ -105,7 +107,7 @@ def write(settings: CompareSettings, curves: Sequence[Curve]) -> None:
 
 
 def document(settings: CompareSettings, curves: Sequence[Curve]) -> str:
-    """The comparison in Markdown."""
+    """Return the report in Markdown."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *table([curve.half(second=True) for curve in curves])]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings if name != "folder")
@@ -146,7 +148,7 @@ def _filled(text: str) -> str:
 
 
 def _circumstances(settings: CompareSettings) -> str:
-    """What else the figures depend on."""
+    """Return the paragraph on what else the figures depend on."""
     run = settings.trainer(seed=0)
     device = pick_device(settings.device).type
     threads = f" (threads: {torch.get_num_threads()})" if device == "cpu" else ""
@@ -160,7 +162,7 @@ def _circumstances(settings: CompareSettings) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare with command-line arguments; the exit status."""
+    """Run the comparison with command-line arguments and return the exit status."""
     settings = CompareSettings.read(arguments)
     console = Console(highlight=False)
     try:
@@ -168,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         curves = [train(settings, task, seed) for seed in range(settings.seeds)]
         shown = Table(title="accuracy in the noisy phase", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in COLUMNS:
-            shown.add_column(name, min_width=4 if name == "seed" else 7)  # 80 columns are enough for all of them
+            shown.add_column(name, min_width=4 if name == "seed" else 7)  # fits into 80 columns
         for row in table([curve.half(second=True) for curve in curves]):
             shown.add_row(*row)
         console.print(shown, reading(curves), sep="\n")
@@ -176,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EmaswapError as error:
         Console(stderr=True, highlight=False).print(f"compare: {error}", markup=False)
         return 1
-    console.print(f"written: {settings.folder / _DOCUMENT}, {settings.folder / _PICTURE}", soft_wrap=True)
+    console.print(f"wrote {settings.folder / _DOCUMENT}, {settings.folder / _PICTURE}", soft_wrap=True)
     return 0
 
 

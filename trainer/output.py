@@ -1,7 +1,7 @@
-"""Output: what a run gives out. Versions, checkpoints, recorded figures, the heartbeat, and what is displayed.
+"""Output: what a run produces. Versions, checkpoints, recorded metrics, the heartbeat and the display.
 
-Only the leading rank has one. Training can do without all of it: what fails is a warning, unless another trainer has
-taken the store over.
+Only the leading rank has one. Training can do without any of it: a failure is a warning, unless another trainer has
+taken over the store.
 """
 
 import time
@@ -21,7 +21,7 @@ from trainer.tasks import Task
 
 
 class Output:
-    """Everything that leaves one run; a context manager."""
+    """All output of one run; a context manager."""
 
     def __init__(self, settings: TrainerSettings, task: Task, run: Run, display: Display) -> None:
         """Take the next term at the store. Raises `EmaswapError` when the store cannot be opened."""
@@ -34,7 +34,7 @@ class Output:
 
     def __enter__(self) -> Self:
         if self._run.steps > newest_step(self._publisher.store):
-            self._keep()  # the run was ended before what it had reached was published
+            self._keep()  # the previous process ended before it published what it had reached
         return self
 
     def __exit__(
@@ -45,7 +45,7 @@ class Output:
             close_publisher(self._publisher, self._run.steps, self._display)
 
     def step(self, *, last: bool) -> None:
-        """A step has been made, perhaps the last one."""
+        """Produce what is due after a step, which may be the `last` one."""
         self._display.step(self._run.steps)
         if self._settings.heartbeat:
             self._try(self._settings.heartbeat.touch, often="heartbeat")
@@ -55,7 +55,7 @@ class Output:
             self._try(lambda: self._recorder.write(self._run.steps, self._figures() | metrics), often="record")
 
     def _keep(self) -> dict[str, float]:
-        """Publish and save where training stands; its metrics."""
+        """Evaluate, publish and save the present state; return the metrics."""
         metrics = evaluate(self._task, self._run.model, self._ema, self._run.learner.precision)
         metrics["train_loss"] = self._run.loss_average.get().item()
         self._display.evaluated(metrics)
@@ -64,7 +64,7 @@ class Output:
         return metrics
 
     def _figures(self) -> dict[str, float]:
-        """What there is to record of a step."""
+        """Return the figures to record for this step."""
         (before, then), now = self._recorded, (self._run.steps, time.monotonic())
         self._recorded = now
         figures = {
@@ -77,15 +77,15 @@ class Output:
         return figures if norm is None else figures | {"grad_norm": norm.item()}
 
     def _try(self, work: Callable[[], object], often: str = "") -> None:
-        """Do what training can do without: a full disk, say, is no reason to lose a run. A fenced run must end.
+        """Call `work`, which training can do without: a full disk, say, must not end a run. Raises only `Fenced`.
 
-        What is done `often` is not warned of again before it has worked in between.
+        For work that is done `often`, name it: a repeated failure is then reported once, until the work succeeds again.
         """
         try:
             work()
         except Fenced:
             raise
-        except Exception as error:  # whatever it is, the weights are worth more
+        except Exception as error:  # whatever it is, the run is worth more
             if often not in self._failing:
                 what = str(error) if isinstance(error, EmaswapError) else f"{type(error).__name__}: {error}"
                 self._display.say(f"warning: {what}; training continues")
@@ -95,7 +95,7 @@ class Output:
 
 
 def open_publisher(settings: TrainerSettings, task: Task, display: Display) -> Publisher:
-    """A publisher of the task's model."""
+    """Open a publisher of the task's model."""
     return Publisher(
         settings.store,
         name=task.name,
@@ -109,7 +109,7 @@ def open_publisher(settings: TrainerSettings, task: Task, display: Display) -> P
 
 
 def close_publisher(publisher: Publisher, step: int, display: Display) -> None:
-    """Publish what is pending. Raises what went wrong, unless the version of this last step is published all the same."""
+    """Publish what is pending. Raises what went wrong, unless the version of this last step is published nevertheless."""
     try:
         publisher.close()
     except PublishError as error:
@@ -119,7 +119,7 @@ def close_publisher(publisher: Publisher, step: int, display: Display) -> None:
 
 
 def newest_step(store: Store) -> int:
-    """The training step of the newest version, 0 when there is none that can be read."""
+    """Return the training step of the newest version, or 0 if there is no readable version."""
     try:
         return store.manifest(store.newest()).training.step
     except (BadVersion, Missing):

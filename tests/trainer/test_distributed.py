@@ -91,7 +91,7 @@ def test_ranks_understand_one_another(tmp_path: Path) -> None:
     done = subprocess.run([*run, str(tmp_path / "store")], cwd=ROOT, capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all is well") == 2
-    assert "0 (Own) normalises each rank's rows by themselves" in done.stderr
+    assert "0 (Own) has its own forward: it normalises each rank's rows separately" in done.stderr
 
 
 def test_one_process_has_its_batch_whole() -> None:
@@ -111,9 +111,9 @@ def test_one_process_has_its_batch_whole() -> None:
 @pytest.mark.parametrize(
     ("ranks", "rows", "message"),
     [
-        (Ranks(size=3), (64,), "a batch of 64 rows cannot be shared out evenly over 3 ranks × 4 parts"),
-        (Ranks(), (6,), "a batch of 6 rows cannot be shared out evenly over 1 ranks × 4 parts"),
-        (Ranks(size=2), (8, 16), "a batch of 8 and 16 rows cannot be shared out evenly"),
+        (Ranks(size=3), (64,), "a batch of 64 rows cannot be split evenly into 3 × 4 parts"),
+        (Ranks(), (6,), "a batch of 6 rows cannot be split evenly into 1 × 4 parts"),
+        (Ranks(size=2), (8, 16), "a batch of 8 and 16 rows cannot be split evenly"),
     ],
     ids=["ranks", "parts", "tensors"],
 )

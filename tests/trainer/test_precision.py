@@ -85,7 +85,9 @@ def test_a_batch_that_has_no_such_parts_is_refused_before_the_store_is_touched(
 ) -> None:
     """64 rows are not to be had in 5 parts."""
     assert main(["--store", str(tmp_path / "store"), *NOISY, "--accumulate", "5"]) == 1
-    assert "a batch of 64 rows cannot be shared out evenly over 1 ranks × 5 parts" in capsys.readouterr().err
+    assert (
+        "a batch of 64 rows cannot be split evenly into 1 × 5 parts (ranks × micro-batches)" in capsys.readouterr().err
+    )
     assert not (tmp_path / "store").exists()
 
 

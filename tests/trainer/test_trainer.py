@@ -411,11 +411,11 @@ def test_a_heartbeat_that_fails_again_is_said_again(
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("cats", "unknown task 'cats': expected one of ['digits', 'mnist5k'], or package.module:Class"),
+        ("cats", "unknown task 'cats': expected digits, mnist5k, or package.module:Class"),
         ("no.such.package:Task", "cannot load task 'no.such.package:Task'"),
         ("tests.tasks:Nowhere", "cannot load task 'tests.tasks:Nowhere'"),
         (":Task", "unknown task ':Task'"),
-        ("tests.tasks:Nameless", "tests.tasks:Nameless is no task: it lacks architecture, signature, batch"),
+        ("tests.tasks:Nameless", "tests.tasks:Nameless is not a task: it lacks architecture, signature, batch"),
         ("tests.tasks:Demanding", "cannot load task 'tests.tasks:Demanding'"),
         ("tests.tasks:Failing", "cannot load task 'tests.tasks:Failing'"),
     ],
