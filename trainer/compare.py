@@ -113,27 +113,27 @@ def document(settings: CompareSettings, curves: Sequence[Curve]) -> str:
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings if name != "folder")
     return f"""# EMA against raw weights
 
-At a constant learning rate the raw weights never settle. An average over the last few hundred steps should be better, and
-steadier. Here is whether it was: for the task `{settings.task}`, with the raw and the averaged weights of each run evaluated
-on held-out data every {settings.evaluate_every} steps.
+At a constant learning rate the raw weights never settle. An average over the last few hundred steps should be better and
+steadier. This report shows whether it was, for the task `{settings.task}`: the raw and the averaged weights of each run were
+evaluated on held-out data every {settings.evaluate_every} steps.
 
 ![accuracy over optimizer steps]({_PICTURE})
 
-Accuracy in the noisy phase, which is the second half of the steps. The last row has mean ± standard deviation over the
+Accuracy in the noisy phase, which is the second half of the steps. The last row is the mean ± standard deviation over the
 seeds.
 
 {lines}
 
 {_filled(reading(curves))}
 
-What this does not say: the held-out data is the same for all seeds, so the spread over seeds has no luck with that data in
-it; neighbouring evaluations of one run are not independent; and a learning rate that falls to zero, which lets the raw
-weights settle, is another case.
+Three limits of this comparison: the held-out data is the same for all seeds, so the spread over seeds does not include
+the choice of that data; neighbouring evaluations of one run are not independent; and a learning rate that falls to zero lets
+the raw weights settle, which is a different case.
 
-## How to measure it again
+## How to reproduce it
 
-`make compare` writes this document and the picture, with the trainer's own defaults: none was chosen to suit the comparison.
-The command that wrote it, with every setting named:
+`make compare` writes this report and its picture with the trainer's own defaults; none was chosen to suit the comparison.
+This is the command that wrote it, with every setting:
 
 ```bash
 python -m trainer.compare {flags}
@@ -157,7 +157,7 @@ def _circumstances(settings: CompareSettings) -> str:
         f"after {run.warmup_steps} steps of warm-up, a weight decay of {run.weight_decay:g}, batches of {run.batch_size}, "
         f"and an EMA whose decay rises to {run.ema_decay:g} with a time constant of {run.ema_tau:g} steps. "
         f"It ran on {device.upper()}{threads}, torch {torch.__version__.partition('+')[0]}. On one machine the same seed "
-        "gives the same figures; another processor, or another number of threads, rounds otherwise."
+        "gives the same figures; another processor or another number of threads rounds differently."
     )
 
 

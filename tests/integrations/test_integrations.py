@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from tests.models import Linear
 from tests.serving import wait_for
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises `KeyboardInterrupt`, whatever other tests have made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def averaging(store: DirectoryStore, **options: Any) -> Averaging:
@@ -246,7 +255,7 @@ def test_a_fenced_stop_is_still_a_stop(store: DirectoryStore, publish: Publish) 
     assert steps_of(store) == [0]
 
 
-def test_a_signal_does_not_cut_an_update_in_half(store: DirectoryStore) -> None:
+def test_a_signal_does_not_cut_an_update_in_half(store: DirectoryStore, interruptible: None) -> None:
     """Ctrl-C in the middle of an update comes through after it: the average that is published is a whole one."""
 
     class Interrupted(ModelEMA):
@@ -268,7 +277,7 @@ def test_a_signal_does_not_cut_an_update_in_half(store: DirectoryStore) -> None:
     assert bridge.ema.updates == 1
 
 
-def test_a_shielded_block_ends_before_a_signal_comes_through() -> None:
+def test_a_shielded_block_ends_before_a_signal_comes_through(interruptible: None) -> None:
     """The handler is called once the block has ended, also by an error, and is the same as before afterwards."""
     before = signal.getsignal(signal.SIGINT)
     done = []
