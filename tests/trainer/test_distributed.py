@@ -91,7 +91,7 @@ def test_ranks_understand_one_another(tmp_path: Path) -> None:
     done = subprocess.run([*run, str(tmp_path / "store")], cwd=ROOT, capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all is well") == 2
-    assert "0 (Own) normalises each rank's rows by themselves" in done.stderr
+    assert "0 (Own) has its own forward: it normalises each rank's rows separately" in done.stderr
 
 
 def test_one_process_has_its_batch_whole() -> None:
@@ -111,9 +111,9 @@ def test_one_process_has_its_batch_whole() -> None:
 @pytest.mark.parametrize(
     ("ranks", "rows", "message"),
     [
-        (Ranks(size=3), (64,), "a batch of 64 rows cannot be shared out evenly over 3 ranks × 4 parts"),
-        (Ranks(), (6,), "a batch of 6 rows cannot be shared out evenly over 1 ranks × 4 parts"),
-        (Ranks(size=2), (8, 16), "a batch of 8 and 16 rows cannot be shared out evenly"),
+        (Ranks(size=3), (64,), "a batch of 64 rows cannot be split evenly into 3 × 4 parts"),
+        (Ranks(), (6,), "a batch of 6 rows cannot be split evenly into 1 × 4 parts"),
+        (Ranks(size=2), (8, 16), "a batch of 8 and 16 rows cannot be split evenly"),
     ],
     ids=["ranks", "parts", "tensors"],
 )
@@ -165,7 +165,7 @@ def test_stopping_one_rank_stops_all_and_they_go_on_from_there(tmp_path: Path) -
     assert newest(store).training.step == 34
     with Trainer(tmp_path, store, *resume, ranks=2) as trainer:
         assert trainer.ended() == 0, trainer.log
-        assert trainer.log.count(f"going on at step 34 from {tmp_path / 'resume'}\n") == 1
+        assert trainer.log.count(f"resuming at step 34 from {tmp_path / 'resume'}\n") == 1
     assert_same_end(store, tmp_path / "uninterrupted")
 
 
@@ -181,8 +181,8 @@ def test_another_number_of_ranks_may_go_on_and_it_is_said(tmp_path: Path) -> Non
     assert newest(tmp_path / "store").training.step == 6
     with Trainer(tmp_path, tmp_path / "store", *resume) as trainer:
         assert trainer.ended() == 0, trainer.log
-        assert "going on at step 6" in trainer.log
-        assert "not bit by bit as before, since it has ranks 2, this one 1" in trainer.log
+        assert "resuming at step 6" in trainer.log
+        assert "results will not be bit-identical: the checkpoint used 2 ranks, this run 1" in trainer.log
     assert newest(tmp_path / "store").training.step == STEPS
     assert_whole(tmp_path / "store")
 
