@@ -7,13 +7,11 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, FastAPI, Header, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, FastAPI, Header
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emaswap import __version__, open_store
@@ -22,10 +20,10 @@ from service.control.lifecycle import History
 from service.control.loader import Loader
 from service.control.watcher import Watcher
 from service.metrics import Metrics
-from service.refusal import Refusal
 from service.serving.batcher import Batcher
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
+from service.web import refused
 from service.web.admin import Admin, read_token
 from service.web.predict import Predict
 from service.web.schemas import (
@@ -111,9 +109,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.include_router(_model_routes(service))
     app.include_router(_admin_routes(service))
     app.include_router(_probe_routes(service))
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
+    refused.install(app)
     return app
 
 
@@ -138,7 +134,7 @@ def _model_routes(service: Service) -> APIRouter:
         """Everything known about the live version."""
         live = service.slot.current
         if live is None:
-            raise Refusal("no_live_version", f"no version is live yet: {service.watcher.status}")
+            raise refused.no_live_version(service.watcher.status)
         return LiveVersion.of(live, service.watcher.pin, datetime.now(UTC))
 
     @routes.get("/versions")
@@ -200,30 +196,3 @@ def _probe_routes(service: Service) -> APIRouter:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return routes
-
-
-def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": code, "detail": detail}, status, headers)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _problem(error.status, error.code, error.detail, error.headers)
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-    refusal = Refusal("invalid_request", "; ".join(problems))
-    return _problem(refusal.status, refusal.code, refusal.detail)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = str(error.detail).lower().replace(" ", "_")
-    return _problem(
-        error.status_code,
-        code,
-        f"{request.method} {request.url.path}: {error.detail}; see /docs",
-        dict(error.headers or {}),
-    )
