@@ -6,10 +6,8 @@ Going through FastAPI's parameters and response models would cost more than ever
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
@@ -21,14 +19,11 @@ from service.serving.servable import Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
 from service.web import refused
-from service.web.json_rows import parse
+from service.web.body import ClientGone, read
+from service.web.json_rows import encode, parse
 
 # Larger bodies are parsed on a thread, so that they do not hold up everybody else.
 _PARSE_INLINE_BYTES = 64 << 10
-
-
-class _ClientGone(Exception):
-    """The client closed the connection before its request was whole."""
 
 
 class Predict:
@@ -62,7 +57,7 @@ class Predict:
         except Refusal as refusal:
             status, body = refused.STATUS[refusal.code], refused.body(refusal)
             named = refused.headers(refusal)
-        except _ClientGone:
+        except ClientGone:
             return
         except Exception:
             # It is a fault of ours, which the server answers with 500; the alert on errors must see it.
@@ -92,7 +87,12 @@ class Predict:
             raise Refusal(
                 Code.UNSUPPORTED_MEDIA_TYPE, f"expected plain application/json, got {came.decode('latin-1')!r}"
             )
-        body = await self._read(headers, receive)
+        body = await read(
+            receive,
+            headers.get(b"content-length", b""),
+            max_bytes=self.settings.max_body_bytes,
+            timeout_s=self.settings.body_timeout_s,
+        )
         while True:
             servable = self._live(wanted)
             inputs = await self._parse(body, servable.signature)
@@ -116,58 +116,6 @@ class Predict:
         if len(body) <= _PARSE_INLINE_BYTES:
             return parse(body, signature, self.settings.max_batch_rows)
         return await asyncio.to_thread(parse, body, signature, self.settings.max_batch_rows)
-
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The body, if it is neither too large nor too slow."""
-        limit = self.settings.max_body_bytes
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
-            raise Refusal(Code.BODY_TOO_LARGE, f"expected at most {limit} bytes, got {int(length)}")
-        parts: list[bytes] = []
-        size, more = 0, True
-        try:
-            async with asyncio.timeout(self.settings.body_timeout_s):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _ClientGone
-                    parts.append(message["body"])
-                    size += len(message["body"])
-                    if size > limit:
-                        raise Refusal(Code.BODY_TOO_LARGE, f"expected at most {limit} bytes, got more")
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            raise Refusal(
-                Code.BODY_TIMEOUT, f"the body did not end within {self.settings.body_timeout_s:g} s"
-            ) from None
-        return b"".join(parts)
-
-
-def encode(answer: Answer) -> bytes:
-    """The body of an answer: outputs, predictions where the signature has labels, and which version made them."""
-    servable = answer.servable
-    outputs = answer.outputs
-    body: dict[str, Any] = {"outputs": outputs if len(outputs) > 1 else next(iter(outputs.values()))}
-    if servable.signature.labels is not None:
-        body["predictions"] = _predictions(next(iter(outputs.values())), servable.signature.labels)
-    body["model"] = {
-        "name": servable.manifest.model,
-        "version": servable.version,
-        "step": servable.manifest.training.step,
-        "digest": servable.digest,
-    }
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str, object]]:
-    """The likeliest label of each row, and its softmax probability."""
-    if logits.shape[1] != len(labels):
-        raise Refusal(Code.MODEL_REFUSED, f"the model gave {logits.shape[1]} outputs a row for {len(labels)} labels")
-    best = logits.argmax(axis=1)
-    with np.errstate(invalid="ignore"):
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        scores = (shifted / shifted.sum(axis=1, keepdims=True))[np.arange(len(best)), best]
-    return [{"label": labels[index], "score": score} for index, score in zip(best.tolist(), scores, strict=True)]
 
 
 def _min_version(headers: dict[bytes, bytes]) -> int:
