@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from emaswap import Pin, Reason, __version__
+from service.serving.failure import Cause
 from service.serving.servable import Servable
 from service.serving.slot import Slot
 
@@ -69,6 +70,14 @@ class Metrics:
         self.batch_rows = Histogram(
             "emaswap_batch_rows", "Rows that ran through the model at once.", buckets=_ROWS, registry=registry
         )
+        self.forward_failures = Counter(
+            "emaswap_forward_failures",
+            "Forward passes that failed, by cause: memory, request, version, timeout.",
+            ["cause"],
+            registry=registry,
+        )
+        for cause in Cause:
+            self.forward_failures.labels(cause=cause)
         self.waiting = Gauge("emaswap_waiting_requests", "Requests waiting for the model.", registry=registry)
 
     def saw(self, newest: int, pin: Pin | None) -> None:

@@ -30,8 +30,11 @@ class Code(StrEnum):
     NOT_FINITE = "not_finite"
     MODEL_REFUSED = "model_refused"
     QUEUE_IS_FULL = "queue_is_full"
+    FORWARD_TIMEOUT = "forward_timeout"
     NO_LIVE_VERSION = "no_live_version"
+    OUT_OF_MEMORY = "out_of_memory"
     STORE_UNREACHABLE = "store_unreachable"
+    VERSION_CHANGED = "version_changed"
 
 
 class Refusal(Exception):

@@ -41,6 +41,9 @@ class ServiceSettings(CommandSettings):
         256 << 20, ge=1, description="Bytes of inputs that may wait for the model; more are answered 429."
     )
     body_timeout_s: float = Field(30.0, gt=0, description="Seconds a client may take to send its body; then 408.")
+    forward_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds that the model may take for a batch; then 503, and its version is given up."
+    )
     drain_s: float = Field(
         0.5, ge=0, description="Seconds after SIGTERM in which /readyz says no, but requests are still taken."
     )

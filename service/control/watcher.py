@@ -99,6 +99,11 @@ class Watcher:
         """Run something that blocks on the watcher's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
+    def give_up(self, servable: Servable, error: BadVersion) -> None:
+        """Reject a version that turned out broken while it was live, and look for another to take its place."""
+        self._executor.submit(lambda: self._reject(servable.version, error, self.store.stamps(servable.version), {}))
+        self._changed.set()
+
     def close(self) -> None:
         """End the thread, once what it is at is done."""
         self._executor.shutdown(wait=True, cancel_futures=True)

@@ -54,13 +54,6 @@ class Service:
         self.slot = Slot()
         self.history = History()
         self.metrics = Metrics(self.slot)
-        self.batcher = Batcher(
-            self.slot,
-            self.metrics,
-            max_rows=settings.max_batch_rows,
-            max_waiting=settings.max_waiting,
-            max_waiting_bytes=settings.max_waiting_bytes,
-        )
         loader = Loader(
             open_store(settings.store),
             trusted=settings.trusted,
@@ -68,6 +61,15 @@ class Service:
             variant=settings.variant,
         )
         self.watcher = Watcher(self.slot, loader, self.history, self.metrics, poll_s=settings.poll_s)
+        self.batcher = Batcher(
+            self.slot,
+            self.metrics,
+            max_rows=settings.max_batch_rows,
+            max_waiting=settings.max_waiting,
+            max_waiting_bytes=settings.max_waiting_bytes,
+            forward_timeout_s=settings.forward_timeout_s,
+            on_broken=self.watcher.give_up,
+        )
         self.admin = Admin(self.watcher, self.history, read_token(settings.admin_token_file))
         self.predict = Predict(
             self.slot,

@@ -6,24 +6,31 @@ Going through FastAPI's parameters and response models would cost more than ever
 import asyncio
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+import structlog
 from starlette.types import Receive, Scope, Send
 
 from emaswap import Signature
+from service.logs import Seldom
 from service.metrics import Metrics
 from service.refusal import Code, Refusal
-from service.serving.batcher import Answer, Batcher, SignatureChanged
-from service.serving.servable import Servable
+from service.serving.batcher import Answer, Batcher, Superseded
+from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
 from service.web import refused
-from service.web.body import ClientGone, read
+from service.web.body import ClientGone, closed, read
 from service.web.json_rows import encode, parse
 
-# Larger bodies are parsed on a thread, so that they do not hold up everybody else.
-_PARSE_INLINE_BYTES = 64 << 10
+log = structlog.get_logger("emaswap.service")
+
+Result = TypeVar("Result")
+
+# What is larger is parsed and encoded on a thread.
+_INLINE_BYTES = 64 << 10
+# Versions that may be replaced under one request before it is told to come again.
+_ATTEMPTS = 3
 
 
 class Predict:
@@ -46,21 +53,24 @@ class Predict:
         self.settings = settings
         self.status = status
         self.draining = draining
+        self._seldom = Seldom()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
             answer = await self._answer(headers, receive)
-            status, body = 200, encode(answer)
+            size = sum(output.nbytes for output in answer.outputs.values())
+            status, body = 200, await _aside(size, lambda: encode(answer))
             named = refused.identity(answer.servable)
-        except Refusal as refusal:
-            status, body = refused.STATUS[refusal.code], refused.body(refusal)
-            named = refused.headers(refusal)
         except ClientGone:
             return
+        except (Refusal, MemoryError) as error:
+            refusal = error if isinstance(error, Refusal) else self._short_of_memory()
+            status, body = refused.STATUS[refusal.code], refused.body(refusal)
+            named = refused.headers(refusal)
         except Exception:
-            # It is a fault of ours, which the server answers with 500; the alert on errors must see it.
+            # A fault of ours, which the server answers with 500. The alert on errors must see it.
             self.metrics.answered(500, time.perf_counter() - began)
             raise
         # A body that was not read to its end would be taken for the next request.
@@ -93,16 +103,35 @@ class Predict:
             max_bytes=self.settings.max_body_bytes,
             timeout_s=self.settings.body_timeout_s,
         )
-        while True:
+        for _ in range(_ATTEMPTS):
             servable = self._live(wanted)
             inputs = await self._parse(body, servable.signature)
             try:
-                answer = await self.batcher.predict(inputs, servable.signature)
-            except SignatureChanged:
+                answer = await self._wait(inputs, servable.signature, receive)
+            except Superseded:
                 continue
             if wanted and answer.servable.version < wanted:  # rolled back while the request waited
                 raise refused.TooOld(answer.servable, wanted)
             return answer
+        raise Refusal(
+            Code.VERSION_CHANGED, f"the live version was replaced {_ATTEMPTS} times while this request waited"
+        )
+
+    async def _wait(self, inputs: Rows, signature: Signature, receive: Receive) -> Answer:
+        """Wait for the answer for as long as the client does. Raises `ClientGone` when it has closed the connection."""
+        answer = self.batcher.submit(inputs, signature)
+
+        def leave(_: asyncio.Task[None]) -> None:
+            if not answer.done():
+                answer.set_exception(ClientGone())
+                self.batcher.drop(answer)
+
+        watch = asyncio.create_task(closed(receive), name="closed")
+        watch.add_done_callback(leave)
+        try:
+            return await answer
+        finally:
+            watch.cancel()
 
     def _live(self, wanted: int) -> Servable:
         servable = self.slot.current
@@ -112,10 +141,18 @@ class Predict:
             raise refused.TooOld(servable, wanted)
         return servable
 
-    async def _parse(self, body: bytes, signature: Signature) -> dict[str, NDArray[np.generic]]:
-        if len(body) <= _PARSE_INLINE_BYTES:
-            return parse(body, signature, self.settings.max_batch_rows)
-        return await asyncio.to_thread(parse, body, signature, self.settings.max_batch_rows)
+    async def _parse(self, body: bytes, signature: Signature) -> Rows:
+        return await _aside(len(body), lambda: parse(body, signature, self.settings.max_batch_rows))
+
+    def _short_of_memory(self) -> Refusal:
+        if (skipped := self._seldom.skipped()) is not None:
+            log.warning("memory ran out outside of the model", lines_left_out=skipped)
+        return Refusal(Code.OUT_OF_MEMORY, "memory ran out; try again later, or send fewer rows")
+
+
+async def _aside(size_bytes: int, work: Callable[[], Result]) -> Result:
+    """Do work of a size here where it is small, else on a thread, where it does not hold up everybody else."""
+    return work() if size_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
 
 
 def _min_version(headers: dict[bytes, bytes]) -> int:
