@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from emaswap import Signature
-from service.metrics import Metrics
 from service.refusal import Refusal
+from service.serving.metrics import ServingMetrics
 from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
 
@@ -54,7 +54,7 @@ class Batcher:
     """Runs requests through whatever servable is live when their batch starts."""
 
     def __init__(
-        self, slot: Slot, metrics: Metrics, *, max_rows: int, max_waiting: int, max_waiting_bytes: int
+        self, slot: Slot, metrics: ServingMetrics, *, max_rows: int, max_waiting: int, max_waiting_bytes: int
     ) -> None:
         """At most `max_rows` rows run at once; at most `max_waiting` requests, of so many bytes together, wait."""
         self.slot = slot

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from emaswap import Signature
-from service.metrics import Metrics
 from service.refusal import Refusal
 from service.serving.batcher import Answer, Batcher, SignatureChanged
+from service.serving.metrics import ServingMetrics
 from service.serving.servable import Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
@@ -37,7 +37,7 @@ class Predict:
         self,
         slot: Slot,
         batcher: Batcher,
-        metrics: Metrics,
+        metrics: ServingMetrics,
         settings: ServiceSettings,
         *,
         status: Callable[[], str],
