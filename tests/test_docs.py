@@ -14,9 +14,10 @@ from pydantic_settings import BaseSettings
 
 from emaswap import DirectoryStore, Reason, __version__
 from service.parts import Service
-from service.refusal import STATUS
+from service.refusal import Code
 from service.settings import ServiceSettings
 from service.web.app import create_app
+from service.web.refused import STATUS
 from tests.models import Net
 from tests.serving import ROOT
 from trainer.settings import TrainerSettings
@@ -75,7 +76,7 @@ def test_every_reason_is_listed() -> None:
 def test_every_error_is_listed() -> None:
     """docs/http.md has each error code with its status."""
     assert [row[:2] for row in _table("docs/http.md", "## Errors")] == [
-        [str(status), f"`{code}`"] for code, status in STATUS.items()
+        [str(STATUS[code]), f"`{code}`"] for code in Code
     ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from emaswap import Signature
-from service.refusal import Refusal
+from service.refusal import Code, Refusal
 from service.serving.metrics import ServingMetrics
 from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
@@ -79,7 +79,7 @@ class Batcher:
             len(self._waiting) >= self.max_waiting or self._waiting_bytes + waiting.size_bytes > self.max_waiting_bytes
         ):
             raise Refusal(
-                "queue_is_full",
+                Code.QUEUE_IS_FULL,
                 f"{len(self._waiting)} requests of {self._waiting_bytes} bytes are waiting already; try again later",
             )
         self._waiting.append(waiting)
@@ -145,7 +145,7 @@ def _run(servable: Servable, requests: list[Rows]) -> list[Rows | Refusal]:
     except Exception as error:  # forward is somebody else's code and may raise anything
         if len(requests) > 1:
             return [result for request in requests for result in _run(servable, [request])]
-        return [Refusal("model_refused", f"the model cannot take these inputs: {type(error).__name__}: {error}")]
+        return [Refusal(Code.MODEL_REFUSED, f"the model cannot take these inputs: {type(error).__name__}: {error}")]
     ends = np.cumsum([len(next(iter(request.values()))) for request in requests])[:-1]
     parts = {name: np.split(output, ends) for name, output in outputs.items()}
     return [{name: parts[name][index] for name in outputs} for index in range(len(requests))]

@@ -5,19 +5,17 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Header, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, FastAPI, Header
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emaswap import __version__
 from service.parts import Service
-from service.refusal import Refusal
 from service.settings import ServiceSettings
+from service.web import refused
 from service.web.admin import Admin, read_token
 from service.web.predict import Predict
 from service.web.schemas import (
@@ -69,9 +67,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.include_router(_model_routes(service))
     app.include_router(_admin_routes(admin))
     app.include_router(_probe_routes(service))
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
+    refused.install(app)
     return app
 
 
@@ -96,7 +92,7 @@ def _model_routes(service: Service) -> APIRouter:
         """Everything known about the live version."""
         live = service.slot.current
         if live is None:
-            raise Refusal("no_live_version", f"no version is live yet: {service.watcher.status}")
+            raise refused.no_live_version(service.watcher.status)
         return LiveVersion.of(live, service.watcher.pin, datetime.now(UTC))
 
     @routes.get("/versions")
@@ -158,30 +154,3 @@ def _probe_routes(service: Service) -> APIRouter:
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return routes
-
-
-def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": code, "detail": detail}, status, headers)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _problem(error.status, error.code, error.detail, error.headers)
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-    refusal = Refusal("invalid_request", "; ".join(problems))
-    return _problem(refusal.status, refusal.code, refusal.detail)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = str(error.detail).lower().replace(" ", "_")
-    return _problem(
-        error.status_code,
-        code,
-        f"{request.method} {request.url.path}: {error.detail}; see /docs",
-        dict(error.headers or {}),
-    )

@@ -8,7 +8,7 @@ import orjson
 from numpy.typing import NDArray
 
 from emaswap import Signature, TensorField
-from service.refusal import Refusal
+from service.refusal import Code, Refusal
 from service.serving.servable import Rows
 
 # numpy has no bfloat16: such an input is parsed as float32 and narrowed by torch.
@@ -24,24 +24,24 @@ def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise Refusal("invalid_json", f"the body is not JSON: {error}") from None
+        raise Refusal(Code.INVALID_JSON, f"the body is not JSON: {error}") from None
     if not isinstance(request, dict) or "inputs" not in request:
-        raise Refusal("invalid_inputs", f'expected an object {{"inputs": [row, ...]}}, got {_kind(request)}')
+        raise Refusal(Code.INVALID_INPUTS, f'expected an object {{"inputs": [row, ...]}}, got {_kind(request)}')
     inputs, fields = request["inputs"], signature.inputs
     names = [field.name for field in fields]
     quotes = 2 + 2 * len(fields)
     if not isinstance(inputs, dict):
         if len(fields) > 1:
-            raise Refusal("invalid_inputs", f"expected inputs by name: {names}, got {_kind(inputs)}")
+            raise Refusal(Code.INVALID_INPUTS, f"expected inputs by name: {names}, got {_kind(inputs)}")
         inputs, quotes = {names[0]: inputs}, 2
     if inputs.keys() != set(names):
-        raise Refusal("invalid_inputs", f"expected the inputs {names}, got {_keys(inputs)}")
+        raise Refusal(Code.INVALID_INPUTS, f"expected the inputs {names}, got {_keys(inputs)}")
 
     counts = {name: _count(name, inputs[name]) for name in names}
     if len(set(counts.values())) > 1:
-        raise Refusal("wrong_shape", f"expected as many rows of each input, got {counts}")
+        raise Refusal(Code.WRONG_SHAPE, f"expected as many rows of each input, got {counts}")
     if (rows := counts[names[0]]) > max_rows:
-        raise Refusal("too_many_rows", f"expected at most {max_rows} rows in a request, got {rows}: send several")
+        raise Refusal(Code.TOO_MANY_ROWS, f"expected at most {max_rows} rows in a request, got {rows}: send several")
 
     # Text would make numpy allocate the longest text's length for every value, and true beside a number is 1 to it.
     # Both leave traces in the body, and looking for them there costs next to nothing.
@@ -51,7 +51,7 @@ def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
 
 def _count(name: str, rows: Any) -> int:
     if not isinstance(rows, list) or not rows:
-        raise Refusal("wrong_shape", f"input {name!r}: expected a list of at least one row, got {_kind(rows)}")
+        raise Refusal(Code.WRONG_SHAPE, f"input {name!r}: expected a list of at least one row, got {_kind(rows)}")
     return len(rows)
 
 
@@ -85,7 +85,7 @@ def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None
             finite &= np.abs(cast) < _BFLOAT16_END
         if not finite.all():
             row = int(np.argwhere(~finite)[0][0])
-            raise Refusal("not_finite", f"input {field.name!r}, row {row}: a value is too large for {field.dtype}")
+            raise Refusal(Code.NOT_FINITE, f"input {field.name!r}, row {row}: a value is too large for {field.dtype}")
         return cast
     if array.dtype.kind not in ("b" if dtype.kind == "b" else "iu"):
         return None
@@ -104,17 +104,17 @@ def _blame(rows: list[Any], field: TensorField) -> Refusal:
         try:
             shape = np.asarray(row).shape
         except (ValueError, OverflowError):
-            return Refusal("wrong_shape", f"input {field.name!r}, row {index}: expected {field}, got a ragged list")
+            return Refusal(Code.WRONG_SHAPE, f"input {field.name!r}, row {index}: expected {field}, got a ragged list")
         if not field.accepts(shape):
-            return Refusal("wrong_shape", f"input {field.name!r}, row {index}: expected {field}, got shape {shape}")
+            return Refusal(Code.WRONG_SHAPE, f"input {field.name!r}, row {index}: expected {field}, got shape {shape}")
         if first is not None and shape != first:
             return Refusal(
-                "wrong_shape",
+                Code.WRONG_SHAPE,
                 f"input {field.name!r}, row {index}: its shape {shape} is not that of the rows before it, {first}; "
                 "send rows of different sizes in requests of their own",
             )
         first = shape
-    return Refusal("wrong_dtype", f"input {field.name!r}: expected {field}, got values that have no dtype in common")
+    return Refusal(Code.WRONG_DTYPE, f"input {field.name!r}: expected {field}, got values that have no dtype in common")
 
 
 def _refuse_strangers(row: Any, index: int, field: TensorField) -> None:
@@ -134,7 +134,7 @@ def _refuse_strangers(row: Any, index: int, field: TensorField) -> None:
 
 
 def _wrong_dtype(field: TensorField, row: int, came: str) -> Refusal:
-    return Refusal("wrong_dtype", f"input {field.name!r}, row {row}: expected {field}, got {came}")
+    return Refusal(Code.WRONG_DTYPE, f"input {field.name!r}, row {row}: expected {field}, got {came}")
 
 
 def _numpy_dtype(field: TensorField) -> np.dtype[Any]:

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from emaswap import Signature
-from service.refusal import Refusal
+from service.refusal import Code, Refusal
 from service.serving.batcher import Answer, Batcher, SignatureChanged
 from service.serving.metrics import ServingMetrics
 from service.serving.servable import Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
+from service.web import refused
 from service.web.json_rows import parse
 
 # Larger bodies are parsed on a thread, so that they do not hold up everybody else.
@@ -57,10 +58,10 @@ class Predict:
         try:
             answer = await self._answer(headers, receive)
             status, body = 200, encode(answer)
-            extra = identity_headers(answer.servable)
+            named = refused.identity(answer.servable)
         except Refusal as refusal:
-            status, body = refusal.status, orjson.dumps({"error": refusal.code, "detail": refusal.detail})
-            extra = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
+            status, body = refused.STATUS[refusal.code], refused.body(refusal)
+            named = refused.headers(refusal)
         except _ClientGone:
             return
         except Exception:
@@ -69,14 +70,14 @@ class Predict:
             raise
         # A body that was not read to its end would be taken for the next request.
         if self.draining() or status in (408, 413):
-            extra.append((b"connection", b"close"))
+            named["Connection"] = "close"
         start = {
             "type": "http.response.start",
             "status": status,
             "headers": [
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
-                *extra,
+                *((name.lower().encode(), value.encode()) for name, value in named.items()),
             ],
         }
         await send(start)
@@ -88,7 +89,9 @@ class Predict:
         kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
         if kind != b"application/json" or headers.get(b"content-encoding", b"identity") != b"identity":
             came = b" ".join(headers[name] for name in (b"content-type", b"content-encoding") if name in headers)
-            raise Refusal("unsupported_media_type", f"expected plain application/json, got {came.decode('latin-1')!r}")
+            raise Refusal(
+                Code.UNSUPPORTED_MEDIA_TYPE, f"expected plain application/json, got {came.decode('latin-1')!r}"
+            )
         body = await self._read(headers, receive)
         while True:
             servable = self._live(wanted)
@@ -98,15 +101,15 @@ class Predict:
             except SignatureChanged:
                 continue
             if wanted and answer.servable.version < wanted:  # rolled back while the request waited
-                raise _too_old(answer.servable, wanted)
+                raise refused.TooOld(answer.servable, wanted)
             return answer
 
     def _live(self, wanted: int) -> Servable:
         servable = self.slot.current
         if servable is None:
-            raise Refusal("no_live_version", f"no version is live yet: {self.status()}")
+            raise refused.no_live_version(self.status())
         if servable.version < wanted:
-            raise _too_old(servable, wanted)
+            raise refused.TooOld(servable, wanted)
         return servable
 
     async def _parse(self, body: bytes, signature: Signature) -> dict[str, NDArray[np.generic]]:
@@ -119,7 +122,7 @@ class Predict:
         limit = self.settings.max_body_bytes
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
-            raise Refusal("body_too_large", f"expected at most {limit} bytes, got {int(length)}")
+            raise Refusal(Code.BODY_TOO_LARGE, f"expected at most {limit} bytes, got {int(length)}")
         parts: list[bytes] = []
         size, more = 0, True
         try:
@@ -131,10 +134,12 @@ class Predict:
                     parts.append(message["body"])
                     size += len(message["body"])
                     if size > limit:
-                        raise Refusal("body_too_large", f"expected at most {limit} bytes, got more")
+                        raise Refusal(Code.BODY_TOO_LARGE, f"expected at most {limit} bytes, got more")
                     more = message.get("more_body", False)
         except TimeoutError:
-            raise Refusal("body_timeout", f"the body did not end within {self.settings.body_timeout_s:g} s") from None
+            raise Refusal(
+                Code.BODY_TIMEOUT, f"the body did not end within {self.settings.body_timeout_s:g} s"
+            ) from None
         return b"".join(parts)
 
 
@@ -154,18 +159,10 @@ def encode(answer: Answer) -> bytes:
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def identity_headers(servable: Servable) -> list[tuple[bytes, bytes]]:
-    """The version and the digest, for a proxy or a client that does not want to parse the body."""
-    return [
-        (b"x-model-version", str(servable.version).encode()),
-        (b"x-model-digest", servable.digest.encode()),
-    ]
-
-
 def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str, object]]:
     """The likeliest label of each row, and its softmax probability."""
     if logits.shape[1] != len(labels):
-        raise Refusal("model_refused", f"the model gave {logits.shape[1]} outputs a row for {len(labels)} labels")
+        raise Refusal(Code.MODEL_REFUSED, f"the model gave {logits.shape[1]} outputs a row for {len(labels)} labels")
     best = logits.argmax(axis=1)
     with np.errstate(invalid="ignore"):
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -176,13 +173,5 @@ def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str
 def _min_version(headers: dict[bytes, bytes]) -> int:
     text = headers.get(b"x-min-model-version", b"0")
     if not text.isdigit() or len(text) > 15:
-        raise Refusal("invalid_header", f"X-Min-Model-Version: expected a version number, got {text[:40]!r}")
+        raise Refusal(Code.INVALID_HEADER, f"X-Min-Model-Version: expected a version number, got {text[:40]!r}")
     return int(text)
-
-
-def _too_old(servable: Servable, wanted: int) -> Refusal:
-    return Refusal(
-        "version_too_old",
-        f"expected version {wanted} or later, version {servable.version} is live; try again when it has arrived",
-        {"X-Model-Version": str(servable.version), "X-Model-Digest": servable.digest},
-    )
