@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import structlog
 
 from emaswap import BadVersion, Reason, Signature
-from service.metrics import Metrics
 from service.refusal import Code, Refusal
 from service.serving.forward import Forward, count
+from service.serving.metrics import ServingMetrics
 from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
 
@@ -64,7 +64,7 @@ class Batcher:
     def __init__(
         self,
         slot: Slot,
-        metrics: Metrics,
+        metrics: ServingMetrics,
         *,
         max_rows: int,
         max_waiting: int,

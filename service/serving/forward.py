@@ -14,9 +14,9 @@ import structlog
 
 from emaswap import BadVersion, Reason
 from service.logs import Seldom
-from service.metrics import Metrics
 from service.refusal import Code, Refusal, shorten
 from service.serving.failure import Cause, Failure
+from service.serving.metrics import ServingMetrics
 from service.serving.runner import Runner
 from service.serving.servable import Rows, Servable
 
@@ -31,7 +31,7 @@ _LAST_BATCH_S = 1.0
 class Forward:
     """Runs forward passes on a thread of its own, which it leaves behind when one hangs."""
 
-    def __init__(self, metrics: Metrics, *, timeout_s: float) -> None:
+    def __init__(self, metrics: ServingMetrics, *, timeout_s: float) -> None:
         """One forward pass may take `timeout_s` seconds."""
         self._metrics = metrics
         self._timeout_s = timeout_s

@@ -13,9 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from emaswap import Signature
 from service.logs import Seldom
-from service.metrics import Metrics
 from service.refusal import Code, Refusal
 from service.serving.batcher import Answer, Batcher, Superseded
+from service.serving.metrics import ServingMetrics
 from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
@@ -40,7 +40,7 @@ class Predict:
         self,
         slot: Slot,
         batcher: Batcher,
-        metrics: Metrics,
+        metrics: ServingMetrics,
         settings: ServiceSettings,
         *,
         status: Callable[[], str],

@@ -708,7 +708,7 @@ def test_a_fault_of_ours_is_counted(linear: Served) -> None:
         raise AssertionError("nothing is to be answered from here")
 
     with pytest.raises(RuntimeError, match="own fault"):
-        asyncio.run(linear.service.predict({"type": "http", "headers": []}, receive, send))
+        asyncio.run(linear.app.state.predict({"type": "http", "headers": []}, receive, send))
     assert linear.metric('emaswap_requests_total{status="500"}') == 1
 
 
