@@ -32,11 +32,16 @@ class Answer:
 class Superseded(Exception):
     """The version that the request was validated for is not live any more: validate it for the one that is."""
 
+    def __init__(self, *, broken: bool) -> None:
+        super().__init__("broken" if broken else "replaced")
+        self.broken = broken
+
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     inputs: Rows
     signature: Signature
+    alone: bool
     answer: "asyncio.Future[Answer]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -87,13 +92,14 @@ class Batcher:
         self._running: asyncio.Task[None] | None = None
         metrics.waiting.set_function(lambda: len(self._waiting))
 
-    def submit(self, inputs: Rows, signature: Signature) -> "asyncio.Future[Answer]":
+    def submit(self, inputs: Rows, signature: Signature, *, alone: bool = False) -> "asyncio.Future[Answer]":
         """Return the future answer to inputs that fit a signature. Raises `Refusal` when the queue is full.
 
         The future raises `Refusal` when there is no answer to these inputs, and `Superseded` when they have to be
-        validated again.
+        validated again. If that is because a version broke under their batch, submit them `alone`: one of the batch
+        may break the next version, too.
         """
-        waiting = _Waiting(inputs, signature)
+        waiting = _Waiting(inputs, signature, alone)
         if self._waiting and (
             len(self._waiting) >= self._limits.requests
             or self._waiting_bytes + waiting.size_bytes > self._limits.size_bytes
@@ -141,7 +147,7 @@ class Batcher:
         except BadVersion as error:
             self._slot.withdraw(servable)
             for waiting in batch:
-                waiting.fail(_timed_out(error) if error.reason is Reason.FORWARD_TIMEOUT else Superseded())
+                waiting.fail(_timed_out(error) if error.reason is Reason.FORWARD_TIMEOUT else Superseded(broken=True))
             log.error("version broken", version=servable.version, reason=str(error.reason), detail=error.detail)
             self._on_broken(servable, error)
             return
@@ -167,8 +173,8 @@ class Batcher:
             if servable is None or (
                 waiting.signature is not servable.signature and waiting.signature != servable.signature
             ):
-                waiting.fail(Superseded())
-            elif batch and (rows + waiting.rows > self._limits.rows or waiting.shapes != batch[0].shapes):
+                waiting.fail(Superseded(broken=False))
+            elif batch and not self._fits(waiting, batch[0], rows):
                 left.append(waiting)
             else:
                 batch.append(waiting)
@@ -176,6 +182,14 @@ class Batcher:
         self._waiting = left
         self._waiting_bytes = sum(waiting.size_bytes for waiting in left)
         return batch
+
+    def _fits(self, waiting: _Waiting, first: _Waiting, rows: int) -> bool:
+        """Whether a request can run in the batch of another that has so many rows already."""
+        return (
+            not (waiting.alone or first.alone)
+            and rows + waiting.rows <= self._limits.rows
+            and waiting.shapes == first.shapes
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Forward passes: requests run through a servable together, and when that fails, whose fault it was.
 
 Memory that ran out is ours. Otherwise the requests of the batch run again, each alone, and the version's own probe
-after each that fails alone: if the probe is still answered as it was recorded, the request was at fault, and if not,
-the version is broken. So a bad request costs each of its neighbours one further run.
+before and after: if the probe is answered as it was recorded, the requests that failed alone were at fault, and if not,
+the version is broken. So a bad request costs each of its neighbours one further run, and a batch two proofs.
 """
 
 import asyncio
@@ -47,27 +47,49 @@ class Forward:
         if not isinstance(outputs, Failure):
             return list(outputs)
         if len(requests) == 1:
-            return [await self._blame(servable, requests[0], outputs)]
-        return [result for request in requests for result in await self.run(servable, [request])]
+            return await self._blame(servable, requests, [outputs])
+        if not outputs.memory:
+            await self._prove(servable, outputs)  # what is broken would fail with each of them
+        alone = [await self._attempt(servable, [request]) for request in requests]
+        return await self._blame(servable, requests, [one if isinstance(one, Failure) else one[0] for one in alone])
 
     def close(self) -> None:
         """End the thread. A forward pass that does not end soon is left behind."""
         self._runner.end(wait_s=_LAST_BATCH_S)
 
-    async def _blame(self, servable: Servable, request: Rows, failure: Failure) -> Refusal:
-        """Return the refusal of a request that failed alone. Raises `BadVersion` if the version is at fault."""
+    async def _blame(
+        self, servable: Servable, requests: list[Rows], results: list[Rows | Failure]
+    ) -> list[Rows | Refusal]:
+        """Replace each failure of a request that ran alone by a refusal. Raises `BadVersion` if the version is at fault."""
+        rows: dict[int, int | None] = {}
+        short = suspect = None
+        for index, result in enumerate(results):
+            if isinstance(result, Failure) and not result.memory:
+                rows[index] = await self._row_at_fault(servable, requests[index])
+                suspect = result
+        if suspect is not None:
+            short = await self._prove(servable, suspect)
+        return [
+            self._refuse(servable, short or result, rows.get(index)) if isinstance(result, Failure) else result
+            for index, result in enumerate(results)
+        ]
+
+    def _refuse(self, servable: Servable, failure: Failure, row: int | None) -> Refusal:
+        """Return the refusal of a request that failed alone in a version that is not broken."""
+        self._note(Cause.MEMORY if failure.memory else Cause.REQUEST, servable, failure)
         if failure.memory:
-            return self._short_of_memory(servable, failure)
-        row = await self._row_at_fault(servable, request)
-        verdict = await self._within_time(servable, lambda: _prove(servable))
-        if isinstance(verdict, Failure):
-            return self._short_of_memory(servable, verdict)
-        if verdict is not None:
-            self._note(Cause.VERSION, servable, failure)
-            raise BadVersion(verdict.reason, shorten(f"{verdict.detail}; a request had failed: {failure.text}"))
-        self._note(Cause.REQUEST, servable, failure)
+            detail = f"memory ran out; try again later, or send fewer rows: {failure.text}"
+            return Refusal(Code.OUT_OF_MEMORY, detail)
         which = "" if row is None else f"row {row}: "
         return Refusal(Code.MODEL_REFUSED, f"{which}the model cannot take these inputs: {failure.text}")
+
+    async def _prove(self, servable: Servable, suspect: Failure) -> Failure | None:
+        """Raise `BadVersion` if the probe is not answered as recorded. Return a failure if memory is too short for it."""
+        verdict = await self._within_time(servable, lambda: _verdict(servable))
+        if isinstance(verdict, BadVersion):
+            self._note(Cause.VERSION, servable, suspect)
+            raise BadVersion(verdict.reason, shorten(f"{verdict.detail}; a request had failed: {suspect.text}"))
+        return verdict
 
     async def _row_at_fault(self, servable: Servable, request: Rows) -> int | None:
         """Return the first row that fails alone, found by halving, or `None` if the rows fail only together."""
@@ -86,7 +108,7 @@ class Forward:
         return first
 
     async def _attempt(self, servable: Servable, requests: list[Rows]) -> list[Rows] | Failure:
-        return await self._within_time(servable, lambda: _attempt(servable, requests))
+        return await self._within_time(servable, lambda: _outputs(servable, requests))
 
     async def _within_time(self, servable: Servable, job: Callable[[], Result]) -> Result:
         """Return what a job on the thread returns. Raises `BadVersion` when it takes too long."""
@@ -99,10 +121,6 @@ class Forward:
             failure = Failure(f"a forward pass did not end within {self._timeout_s:g} s", "", memory=False)
             self._note(Cause.TIMEOUT, servable, failure)
             raise BadVersion(Reason.FORWARD_TIMEOUT, failure.text) from None
-
-    def _short_of_memory(self, servable: Servable, failure: Failure) -> Refusal:
-        self._note(Cause.MEMORY, servable, failure)
-        return Refusal(Code.OUT_OF_MEMORY, f"memory ran out; try again later, or send fewer rows: {failure.text}")
 
     def _note(self, cause: Cause, servable: Servable, failure: Failure) -> None:
         self._metrics.forward_failures.labels(cause=cause).inc()
@@ -122,7 +140,7 @@ def count(rows: Rows) -> int:
     return len(next(iter(rows.values())))
 
 
-def _attempt(servable: Servable, requests: list[Rows]) -> list[Rows] | Failure:
+def _outputs(servable: Servable, requests: list[Rows]) -> list[Rows] | Failure:
     """Return the outputs of each request, or why there are none. Never raises."""
     try:
         inputs = {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
@@ -134,8 +152,8 @@ def _attempt(servable: Servable, requests: list[Rows]) -> list[Rows] | Failure:
         return Failure.of(error)
 
 
-def _prove(servable: Servable) -> BadVersion | Failure | None:
-    """Return `None` if the probe is still answered as recorded, why not, or that there was no memory for it."""
+def _verdict(servable: Servable) -> BadVersion | Failure | None:
+    """Return `None` if the probe is answered as recorded, else what is wrong with the version, or that memory ran out."""
     try:
         servable.prove()
     except BaseException as error:  # forward is somebody else's code and may raise anything

@@ -103,12 +103,14 @@ class Predict:
             max_bytes=self.settings.max_body_bytes,
             timeout_s=self.settings.body_timeout_s,
         )
+        alone = False
         for _ in range(_ATTEMPTS):
             servable = self._live(wanted)
             inputs = await self._parse(body, servable.signature)
             try:
-                answer = await self._wait(inputs, servable.signature, receive)
-            except Superseded:
+                answer = await self._wait(self.batcher.submit(inputs, servable.signature, alone=alone), receive)
+            except Superseded as error:
+                alone = alone or error.broken
                 continue
             if wanted and answer.servable.version < wanted:  # rolled back while the request waited
                 raise refused.TooOld(answer.servable, wanted)
@@ -117,9 +119,8 @@ class Predict:
             Code.VERSION_CHANGED, f"the live version was replaced {_ATTEMPTS} times while this request waited"
         )
 
-    async def _wait(self, inputs: Rows, signature: Signature, receive: Receive) -> Answer:
+    async def _wait(self, answer: "asyncio.Future[Answer]", receive: Receive) -> Answer:
         """Wait for the answer for as long as the client does. Raises `ClientGone` when it has closed the connection."""
-        answer = self.batcher.submit(inputs, signature)
 
         def leave(_: asyncio.Task[None]) -> None:
             if not answer.done():

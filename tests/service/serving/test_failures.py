@@ -1,5 +1,7 @@
 """Forward passes that fail: whose fault it was, and what becomes of the others."""
 
+import copy
+import dataclasses
 import json
 import threading
 import time
@@ -13,8 +15,9 @@ import pytest
 import structlog
 import torch
 
-from emaswap import DirectoryStore, Signature, TensorField
+from emaswap import BadVersion, DirectoryStore, Signature, TensorField
 from service.refusal import MAX_DETAIL
+from service.serving.servable import Servable
 from tests import faulty_models
 from tests.faulty_models import (
     ALLOCATES,
@@ -275,6 +278,75 @@ def test_a_version_that_breaks_leaves_nobody_without_an_answer(store: DirectoryS
         served.client.get("/healthz")
         served.wait_until_live(third.version)
         assert served.predict([GOOD]).status_code == 200
+
+
+def test_a_broken_version_is_not_tried_with_each_request(store: DirectoryStore) -> None:
+    """After a batch has failed the probe is asked first: where it fails, too, none of the batch is run alone."""
+    put(store, Moody(), ROWS)
+    with serving(store) as served:
+        live = served.service.slot.current
+        assert live is not None
+        assert isinstance(live.module, Moody)
+        live.module.broken = True
+        runs: list[int] = []
+        live.module.register_forward_pre_hook(lambda _, rows: runs.append(len(rows[0])))
+        with live._turn, ThreadPoolExecutor(8) as threads:
+            first = submit(threads, served, [GOOD])
+            others = [threads.submit(served.predict, [GOOD]) for _ in range(7)]
+            wait_for(lambda: served.metric("emaswap_waiting_requests") == 7, what="waiting requests")
+            live._turn.release()
+            answers = [other.result(30) for other in [first, *others]]
+            live._turn.acquire()
+        assert [answer.status_code for answer in answers] == [503] * 8
+        assert runs == [1, len(ROWS)]
+
+
+def test_bad_requests_cost_a_batch_two_proofs(moody: Served) -> None:
+    """However many of a batch are bad, the probe is replayed twice at most."""
+    live = moody.service.slot.current
+    assert live is not None
+    runs: list[int] = []
+    hook = live.module.register_forward_pre_hook(lambda _, rows: runs.append(len(rows[0])))
+    answers = together(moody, [[row(10)]] * 9)
+    hook.remove()
+    assert [answer.status_code for answer in answers] == [422] * 9
+    assert runs == [1, 9, len(ROWS), *[1] * 9, len(ROWS)]
+
+
+def test_without_memory_for_the_probe_nobody_is_blamed(moody: Served) -> None:
+    """Where the probe runs out of memory, a request that failed is told to come again, and the version stays."""
+    live = moody.service.slot.current
+    assert live is not None
+
+    def run_out(_: object, rows: tuple[torch.Tensor]) -> None:
+        if len(rows[0]) == len(ROWS):
+            raise MemoryError
+
+    hook = live.module.register_forward_pre_hook(run_out)
+    answer = moody.predict([row(10)])
+    hook.remove()
+    assert_refused(answer, 503, "out_of_memory")
+    assert moody.live() == 1
+    assert_refused(moody.predict([row(10)]), 422, "model_refused")
+
+
+def test_a_request_cannot_break_version_after_version(store: DirectoryStore) -> None:
+    """One that breaks whatever runs it is told to come again after three; its neighbours are answered by the next."""
+    put(store, Moody(), ROWS)
+    with serving(store) as served:
+        batcher, slot = served.service.batcher, served.service.slot
+        whole = copy.deepcopy(slot.current.module) if slot.current else Moody()
+        broken: list[Servable] = []
+
+        def take_the_next(servable: Servable, _: BadVersion) -> None:
+            broken.append(servable)
+            slot.swap(dataclasses.replace(servable, module=copy.deepcopy(whole)))
+
+        batcher._on_broken = take_the_next
+        assert_refused(served.predict([row(BREAKS)]), 503, "version_changed")
+        assert len(broken) == 3
+        answers = together(served, [[GOOD], [GOOD], [row(BREAKS)]])
+        assert [answer.status_code for answer in answers] == [200, 200, 503]
 
 
 # -- a forward pass that hangs ------------------------------------------------------------------------------------------
