@@ -85,7 +85,7 @@ def _training(device: torch.device, suffix: str) -> list[Row]:
         bare = BareWriter(Path(folder) / "bare")
         with Publisher(
             Path(folder) / "store",
-            model="wide",
+            name="wide",
             architecture=Architecture.of(Wide),
             probe=torch.randn(2, 2500),
             keep=2,

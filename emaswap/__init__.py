@@ -28,7 +28,8 @@ from emaswap.errors import (
 from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
 from emaswap.store import DirectoryStore, Store, open_store
-from emaswap.versions.manifest import Architecture, EmaInfo, Manifest, Pin
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo, Manifest, Pin
 from emaswap.versions.signature import Signature, TensorField
 
 __all__ = [

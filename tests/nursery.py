@@ -18,7 +18,7 @@ def publish_for_ever(location: str) -> None:
     torch.set_num_threads(1)
     with Publisher(
         location,
-        model="everywhere",
+        name="everywhere",
         architecture=Architecture.of(Everywhere),
         probe=torch.zeros(1, 2),
         keep=3,

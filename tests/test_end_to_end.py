@@ -147,7 +147,7 @@ def test_of_two_publishers_at_once_the_older_stops(tmp_path: Path) -> None:
     probe = torch.zeros(1, 2)
 
     def publisher() -> Publisher:
-        return Publisher(location, model="everywhere", architecture=Architecture.of(Everywhere), probe=probe, keep=99)
+        return Publisher(location, name="everywhere", architecture=Architecture.of(Everywhere), probe=probe, keep=99)
 
     older = publisher()
     older.publish(Everywhere(value=1))
@@ -176,7 +176,7 @@ def test_the_served_model_is_the_ema_to_the_last_bit(tmp_path: Path) -> None:
     rows = torch.randn(5, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Publisher(
-        tmp_path / "store", model="everything", architecture=Architecture.of(Everything), probe=rows[:2]
+        tmp_path / "store", name="everything", architecture=Architecture.of(Everything), probe=rows[:2]
     ) as publisher:
         for _ in range(20):
             model.train()
@@ -218,7 +218,7 @@ def test_trainer_and_service_work_as_two_commands_in_either_order(tmp_path: Path
 def publisher(tmp_path: Path) -> Iterator[Publisher]:
     """A publisher of `Linear` modules to tmp_path/store."""
     rows = torch.linspace(-1, 1, 12).view(4, 3)
-    with Publisher(tmp_path / "store", model="test", architecture=Architecture.of(Linear), probe=rows) as publisher:
+    with Publisher(tmp_path / "store", name="test", architecture=Architecture.of(Linear), probe=rows) as publisher:
         yield publisher
 
 
@@ -261,7 +261,7 @@ def test_sigterm_lets_requests_finish_and_ends_with_0(tmp_path: Path) -> None:
     """After SIGTERM the service is not ready at once, answers what it has taken, and ends with 0."""
     rows = torch.zeros(1, 2)
     with Publisher(
-        tmp_path / "store", model="slow", architecture=Architecture.of(Slow, seconds=0.8), probe=rows
+        tmp_path / "store", name="slow", architecture=Architecture.of(Slow, seconds=0.8), probe=rows
     ) as publisher:
         publisher.publish(Slow(seconds=0.8))
     with ServiceProcess(tmp_path / "store", "--drain-s", "0.4") as service:

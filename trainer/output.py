@@ -99,7 +99,7 @@ def open_publisher(settings: TrainerSettings, task: Task, display: Display) -> P
     """A publisher of the task's model."""
     return Publisher(
         settings.store,
-        model=task.name,
+        name=task.name,
         architecture=task.architecture(),
         signature=task.signature(),
         probe=task.probe(),

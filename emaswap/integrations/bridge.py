@@ -20,7 +20,8 @@ from emaswap.averaging.schedule import Schedule
 from emaswap.errors import Fenced
 from emaswap.publishing.publisher import Publisher
 from emaswap.store import Store
-from emaswap.versions.manifest import Architecture, EmaInfo
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo
 from emaswap.versions.signature import Inputs
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Publishing:
         """Nothing is opened before `open`. `publisher`: what else `Publisher` takes."""
         if every < 1:
             raise ValueError(f"versions are published every 1 or more, got {every}")
-        publisher |= {"model": model, "architecture": architecture, "probe": probe}
+        publisher |= {"name": model, "architecture": architecture, "probe": probe}
         inspect.signature(Publisher).bind(store, **publisher)  # a misspelt name shows here and not when training begins
         self.model_name = model
         self.publisher: Publisher | None = None

@@ -16,7 +16,8 @@ from emaswap.averaging.schedule import window
 from emaswap.integrations.bridge import Publishing, warn_of
 from emaswap.store import Store
 from emaswap.tensors import dtype_name
-from emaswap.versions.manifest import Architecture, EmaInfo
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo
 from emaswap.versions.signature import Inputs
 
 

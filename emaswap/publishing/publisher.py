@@ -28,8 +28,8 @@ from emaswap.store.line import Term
 from emaswap.store.retention import Retention
 from emaswap.tensors import dtype_name, named_tensors, not_finite, plain_name
 from emaswap.versions import architecture as architectures
+from emaswap.versions.architecture import Architecture
 from emaswap.versions.manifest import (
-    Architecture,
     EmaInfo,
     Manifest,
     ProbeInfo,
@@ -51,7 +51,7 @@ class Publisher:
         self,
         store: Store | str | Path,
         *,
-        model: str,
+        name: str,
         architecture: Architecture | str,
         probe: Inputs,
         signature: Signature | None = None,
@@ -66,7 +66,7 @@ class Publisher:
 
         Args:
             store: a store, or the path of one; the directory is made when it is not there.
-            model: the model's name; a store holds versions of one model.
+            name: the model's name; a store holds versions of one model.
             architecture: the factory that the service builds the module from, and its arguments
                 (`Architecture.of(Net, width=32)`, or "package.module:Net" when it takes none).
             probe: a few typical inputs, rows first; several inputs by name. Their answers travel with each version.
@@ -102,8 +102,8 @@ class Publisher:
         self._dtype = dtype
         self._calibrate = calibrate
         self._on_publish = on_publish
-        self._term = Term(self.store, model)
-        self._model = model
+        self._term = Term(self.store, name)
+        self._name = name
         self._retention = Retention(self.store, keep=keep, grace_s=grace_s)
         self._retention.clean()
 
@@ -219,7 +219,7 @@ class Publisher:
         signature = self._signature
         manifest = self._term.commit(
             lambda place: Manifest(
-                model=self._model,
+                model=self._name,
                 version=place.version,
                 term=place.term,
                 run=place.run,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
-from emaswap.tensors import not_finite
+from emaswap.tensors import dtype_name, not_finite
 from emaswap.versions.signature import Inputs, Signature
 
 _INPUT, _OUTPUT = "input/", "output/"
@@ -36,12 +36,21 @@ class Probe:
 
     @classmethod
     def record(cls, module: nn.Module, signature: Signature, inputs: Inputs) -> "Probe":
-        """Run the module on the inputs and keep what it answers. Raises `EmaswapError` when that is not finite."""
+        """Run the module on the inputs and keep its outputs.
+
+        Raises `EmaswapError` when they are not finite or of other dtypes than the signature says.
+        """
         named = {name: value.clone() for name, value in signature.name_inputs(inputs).items()}
         if not all(len(value) for value in named.values()):
             raise EmaswapError("a probe of no rows proves nothing: give a few typical inputs")
         # Copies, because a module may work in place on what it is given.
         outputs = signature.run(module, {name: value.clone() for name, value in named.items()})
+        for field in signature.outputs:
+            if outputs[field.name].dtype != field.torch_dtype:
+                came = dtype_name(outputs[field.name].dtype)
+                raise EmaswapError(
+                    f"output {field.name!r}: the signature says {field.dtype}, the module returns {came}"
+                )
         if bad := not_finite(outputs):
             raise EmaswapError(f"the model answers its own probe with values that are not finite: {', '.join(bad)}")
         return cls(named, outputs)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from emaswap import BadVersion, Manifest, Signature
 from emaswap.versions import proof
 from emaswap.versions.probe import Probe
+from emaswap.versions.signature import Bound
 
 Rows = dict[str, NDArray[np.generic]]
 """A batch by input or output name, rows first."""
@@ -54,6 +56,10 @@ class Servable:
         """Seconds from the publisher's clock at the commit to this one's when the version was ready."""
         return (self.loaded_at - self.manifest.created_at).total_seconds()
 
+    @cached_property
+    def _bound(self) -> Bound:
+        return self.signature.bind(self.module)
+
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> Rows:
         """Return the outputs for a batch, by name. Raises whatever the module raises."""
         with self._turn, torch.inference_mode():
@@ -61,7 +67,7 @@ class Servable:
                 field.name: torch.from_numpy(inputs[field.name]).to(self.device, field.torch_dtype)
                 for field in self.signature.inputs
             }
-            outputs = self.signature.run(self.module, batch)
+            outputs = self._bound(batch)
             return {name: _to_numpy(name, output) for name, output in outputs.items()}
 
     def prove(self) -> None:

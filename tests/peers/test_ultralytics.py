@@ -175,7 +175,7 @@ def test_a_fenced_training_ends(store: DirectoryStore, tmp_path: Path) -> None:
     def succeed(trainer: Any) -> None:
         if trainer.epoch == 0:
             architecture = Architecture.of(yolo_classifier)
-            with Publisher(store, model="digits", architecture=architecture, probe=PROBE) as publisher:
+            with Publisher(store, name="digits", architecture=architecture, probe=PROBE) as publisher:
                 publisher.publish(yolo_classifier())
 
     training.yolo.add_callback("on_train_epoch_end", succeed)

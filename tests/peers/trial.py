@@ -40,7 +40,7 @@ def take_over(store: DirectoryStore, step: int, averaging: Any) -> None:
     """Called before each step with how many were made: after 2 another publisher has the store, and by 6 ours has seen it."""
     if step == 2:
         architecture = Architecture.of(DigitsNet, width=4)
-        with Publisher(store, model="digits", architecture=architecture, probe=IMAGES[:2]) as publisher:
+        with Publisher(store, name="digits", architecture=architecture, probe=IMAGES[:2]) as publisher:
             publisher.publish(DigitsNet(width=4))
     if step == 6:
         wait_until_idle(averaging)

@@ -90,7 +90,7 @@ def worker() -> Iterator[Worker]:
 def linear_publisher(store: DirectoryStore, on_publish: Callable[[Manifest], None] | None = None) -> Publisher:
     """A publisher of `Linear`s."""
     return Publisher(
-        store, model="test", architecture=Architecture.of(Linear), probe=ROWS, keep=1000, on_publish=on_publish
+        store, name="test", architecture=Architecture.of(Linear), probe=ROWS, keep=1000, on_publish=on_publish
     )
 
 
@@ -115,7 +115,7 @@ def test_a_training_loop_publishes_with_five_lines(tmp_path: Path) -> None:
     """A path, a name, a factory and a probe are enough; the directory is made, and the EMA's weights are in it."""
     model = Linear()
     ema = ModelEMA(model)
-    with Publisher(tmp_path / "store", model="net", architecture=Architecture.of(Linear), probe=ROWS) as publisher:
+    with Publisher(tmp_path / "store", name="net", architecture=Architecture.of(Linear), probe=ROWS) as publisher:
         for step in range(1, 4):
             ema.update(model)
             publisher.publish(ema, step=step)
@@ -195,7 +195,7 @@ def test_publishing_does_not_disturb_training(store: DirectoryStore) -> None:
     module = Everything().train()
     module(torch.randn(5, 6)).sum().backward()
     gradients = [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
-    with Publisher(store, model="test", architecture=Architecture.of(Everything), probe=torch.randn(2, 6)) as publisher:
+    with Publisher(store, name="test", architecture=Architecture.of(Everything), probe=torch.randn(2, 6)) as publisher:
         publisher.publish(module)
     assert module.training
     assert all(parameter.requires_grad for parameter in module.parameters())
@@ -226,7 +226,7 @@ import sys
 import torch
 from emaswap import Publisher
 from tests.models import Linear
-publisher = Publisher(sys.argv[1], model="test", architecture="tests.models:Linear", probe=torch.ones(2, 3))
+publisher = Publisher(sys.argv[1], name="test", architecture="tests.models:Linear", probe=torch.ones(2, 3))
 for step in range(1, 4):
     publisher.publish(Linear(), step=step)
 """
@@ -291,7 +291,7 @@ def test_weights_that_are_not_finite_are_refused(store: DirectoryStore, value: f
     """They are refused with the tensor's name and advice, nothing is written, and the next version is published."""
     publisher = Publisher(
         store,
-        model="test",
+        name="test",
         architecture=Architecture(
             factory="tests.publishing.test_publisher:linear_of", arguments={"dtype": str(dtype).removeprefix("torch.")}
         ),
@@ -338,7 +338,7 @@ def test_a_factory_that_does_not_build_the_published_module_is_refused(
 ) -> None:
     """What every service would reject shows when publishing begins, before anything is committed or written."""
     with pytest.raises(PublishError, match=f"{architecture.factory} (failed|does not build the module)"):
-        with Publisher(store, model="test", architecture=architecture, probe=ROWS) as publisher:
+        with Publisher(store, name="test", architecture=architecture, probe=ROWS) as publisher:
             publisher.publish(Linear())
     assert store.versions() == []
     assert store.names("weights") == {}
@@ -346,7 +346,7 @@ def test_a_factory_that_does_not_build_the_published_module_is_refused(
 
 def test_a_module_that_has_changed_since_the_first_version_is_refused(store: DirectoryStore) -> None:
     """A module that the factory no longer builds is refused, even if the one before it was right."""
-    with Publisher(store, model="test", architecture=Architecture.of(Hidden), probe=ROWS) as publisher:
+    with Publisher(store, name="test", architecture=Architecture.of(Hidden), probe=ROWS) as publisher:
         publisher.publish(Hidden(width=4))
         publisher.flush()
         publisher.publish(Hidden(width=5))
@@ -369,12 +369,12 @@ def test_a_module_of_another_class_answers_for_itself(store: DirectoryStore) -> 
 def test_a_factory_in_main_is_refused(store: DirectoryStore) -> None:
     """No service can import what is defined in a script, so the error says to move it, before anything is written."""
     with pytest.raises(PublishError, match=r"can import __main__:Net: move the class into a module"):
-        Publisher(store, model="test", architecture="__main__:Net", probe=ROWS)
+        Publisher(store, name="test", architecture="__main__:Net", probe=ROWS)
 
 
 def test_a_probe_that_the_module_does_not_take_is_an_error(store: DirectoryStore) -> None:
     """A probe of the wrong shape is reported, and no version comes of it."""
-    publisher = Publisher(store, model="test", architecture=Architecture.of(Linear), probe=torch.ones(2, 5))
+    publisher = Publisher(store, name="test", architecture=Architecture.of(Linear), probe=torch.ones(2, 5))
     publisher.publish(Linear())
     with pytest.raises(PublishError, match="step 0 was not published"):
         publisher.close()
@@ -441,7 +441,7 @@ def published(store: DirectoryStore, module: ModelEMA | nn.Module, **options: ob
     """The manifest of one published module."""
     kind = type(module.ema if isinstance(module, ModelEMA) else module)
     step, metrics = options.pop("step", 0), options.pop("metrics", None)
-    settings = {"model": "test", "architecture": Architecture.of(kind), "probe": ROWS, **options}
+    settings = {"name": "test", "architecture": Architecture.of(kind), "probe": ROWS, **options}
     with Publisher(store, **settings) as publisher:  # type: ignore[arg-type]
         publisher.publish(module, step=step, metrics=metrics)  # type: ignore[arg-type]
     return store.manifest(store.newest())

@@ -36,7 +36,7 @@ def published(store: DirectoryStore, **options: object) -> ModelEMA:
     ema = ModelEMA(model, decay=Constant(0.0), profiles=PROFILES)
     moved(model, ema)
     architecture = Architecture.of(Linear)
-    with Publisher(store, model="linear", architecture=architecture, probe=torch.ones(2, 3), **options) as publisher:  # type: ignore[arg-type]
+    with Publisher(store, name="linear", architecture=architecture, probe=torch.ones(2, 3), **options) as publisher:  # type: ignore[arg-type]
         publisher.publish(ema, step=3)
     return ema
 
@@ -80,7 +80,7 @@ def test_retention_keeps_and_prunes_variants_with_their_version(store: Directory
     model = Linear()
     ema = ModelEMA(model, decay=Constant(0.0), profiles=PROFILES)
     with Publisher(
-        store, model="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), keep=1, grace_s=0
+        store, name="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), keep=1, grace_s=0
     ) as publisher:
         for step in range(4):
             moved(model, ema)
@@ -124,7 +124,7 @@ def test_parameters_are_stored_rounded_and_served_as_recorded(store: DirectorySt
     before = {name: tensor.clone() for name, tensor in ema.ema.state_dict().items()}
     architecture = Architecture.of(Everything)
     with Publisher(
-        store, model="everything", architecture=architecture, probe=torch.ones(2, 6), dtype=dtype
+        store, name="everything", architecture=architecture, probe=torch.ones(2, 6), dtype=dtype
     ) as publisher:
         publisher.publish(ema)
     torch.testing.assert_close(dict(ema.ema.state_dict()), before, rtol=0, atol=0)
@@ -171,7 +171,7 @@ def test_what_is_published_is_recalibrated_and_the_average_is_not(store: Directo
     batches = [torch.rand(16, 1, 8, 8)]
     with Publisher(
         store,
-        model="digits",
+        name="digits",
         architecture=Architecture.of(DigitsNet),
         probe=torch.rand(2, 1, 8, 8),
         calibrate=partial(recalibrate, batches=batches),
@@ -190,7 +190,7 @@ def test_a_failing_calibration_is_a_failed_publish(store: DirectoryStore) -> Non
         raise RuntimeError("no batches today")
 
     publisher = Publisher(
-        store, model="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), calibrate=broken
+        store, name="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), calibrate=broken
     )
     publisher.publish(Linear())
     with pytest.raises(PublishError, match="no batches today"):

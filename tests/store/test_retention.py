@@ -24,7 +24,7 @@ def turn(store: DirectoryStore, *modules: nn.Module) -> list[Manifest]:
     manifests: list[Manifest] = []
     publisher = Publisher(
         store,
-        model="test",
+        name="test",
         architecture="tests.models:Linear",
         probe=torch.ones(1, 3),
         keep=1000,
@@ -266,7 +266,7 @@ def test_no_orphan_is_cleaned_beside_a_manifest_that_cannot_be_read(store: Direc
 def test_a_publisher_prunes_as_it_goes(store: DirectoryStore) -> None:
     """With each version that is published, an older one goes."""
     publisher = Publisher(
-        store, model="test", architecture="tests.models:Linear", probe=torch.ones(1, 3), keep=2, grace_s=0
+        store, name="test", architecture="tests.models:Linear", probe=torch.ones(1, 3), keep=2, grace_s=0
     )
     with publisher:
         for module in fresh(5):
@@ -282,7 +282,7 @@ def test_publishing_goes_on_when_pruning_fails(store: DirectoryStore, caplog: py
     (store.root / "PIN").write_text("rubbish")
     with caplog.at_level(logging.WARNING):
         publisher = Publisher(
-            store, model="test", architecture="tests.models:Linear", probe=torch.ones(1, 3), keep=1, grace_s=0
+            store, name="test", architecture="tests.models:Linear", probe=torch.ones(1, 3), keep=1, grace_s=0
         )
         with publisher:
             for module in fresh(3):

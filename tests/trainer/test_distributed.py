@@ -209,7 +209,7 @@ def kill_the_other(trainer: Trainer, store: DirectoryStore) -> None:
 
 
 def take_the_store(trainer: Trainer, store: DirectoryStore) -> None:
-    with Publisher(store, model="noisy", architecture="tests.tasks:NoisyNet", probe=Noisy().probe()) as other:
+    with Publisher(store, name="noisy", architecture="tests.tasks:NoisyNet", probe=Noisy().probe()) as other:
         other.publish(ModelEMA(NoisyNet()), step=12345)
 
 

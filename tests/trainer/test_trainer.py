@@ -197,7 +197,7 @@ def test_digits_are_what_is_trained_without_a_task(
 def test_another_models_store_is_refused(tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     """A trainer does not mix its versions with those of another model."""
     with Publisher(
-        tmp_path / "store", model="other", architecture="tests.models:Linear", probe=torch.ones(1, 3)
+        tmp_path / "store", name="other", architecture="tests.models:Linear", probe=torch.ones(1, 3)
     ) as publisher:
         publisher.publish(Linear())
     assert train_here(tmp_path / "store") == 1
@@ -222,7 +222,7 @@ def test_a_trainer_that_is_taken_over_ends_and_says_why(tmp_path: Path) -> None:
         trainer.wait_at(25)
         store = DirectoryStore(tmp_path / "store")
         wait_for(store.newest, what="the first version")
-        with Publisher(store, model="noisy", architecture="tests.tasks:NoisyNet", probe=Noisy().probe()) as other:
+        with Publisher(store, name="noisy", architecture="tests.tasks:NoisyNet", probe=Noisy().probe()) as other:
             other.publish(ModelEMA(NoisyNet()), step=12345)
         trainer.let_go(25)
         assert trainer.ended() == 1, trainer.log

@@ -44,7 +44,7 @@ def put(
     manifests: list[Manifest] = []
     architecture = Architecture.of(type(module), **arguments)
     with Publisher(
-        store, model="test", architecture=architecture, probe=probe, signature=signature, on_publish=manifests.append
+        store, name="test", architecture=architecture, probe=probe, signature=signature, on_publish=manifests.append
     ) as publisher:
         publisher.publish(module, step=7)
     return manifests[0]
