@@ -1,7 +1,10 @@
 """What the integrations have in common, under a loop of our own; `tests/peers` has each under its framework."""
 
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,21 @@ from torch import nn
 from emaswap import Architecture, BadVersion, Constant, DirectoryStore, EmaswapError, Fenced, ModelEMA
 from emaswap.integrations import sidecar
 from emaswap.integrations.bridge import Averaging
+from emaswap.integrations.shield import shield
 from emaswap.integrations.ultralytics import publish_from
 from tests.conftest import Publish
 from tests.models import Linear
 from tests.serving import wait_for
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises `KeyboardInterrupt`, whatever other tests have made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def averaging(store: DirectoryStore, **options: Any) -> Averaging:
@@ -29,7 +41,7 @@ def averaging(store: DirectoryStore, **options: Any) -> Averaging:
         "decay": Constant(0.5),
         "every_n_steps": 2,
     }
-    return Averaging(store, model="test", **settings | options)
+    return Averaging(store, name="test", **settings | options)
 
 
 def train(bridge: Averaging, model: nn.Module, *, steps: int, micro_batches: int = 1, step: int = 0) -> None:
@@ -143,9 +155,9 @@ def test_training_that_goes_on_goes_on_with_its_average(
     train(later, model, steps=2, step=3)
     assert later.ema is not None
     assert later.ema.updates == 5
-    assert "its average starts here" not in caplog.text
+    assert "without a saved average" not in caplog.text
     train(averaging(store), model, steps=1, step=5)
-    assert "goes on at step 5, but its average starts here" in caplog.text
+    assert "resumes at step 5 without a saved average" in caplog.text
 
 
 def test_training_again_goes_on_with_the_same_average(store: DirectoryStore) -> None:
@@ -180,7 +192,7 @@ def test_what_cannot_be_published_is_a_warning(store: DirectoryStore, caplog: py
     """Training goes on to its end whatever publishing says."""
     train(averaging(store, architecture=Architecture.of(Linear, outputs=5)), Linear(), steps=4)
     assert "does not build the module that is published" in caplog.text
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert steps_of(store) == []
 
 
@@ -199,6 +211,108 @@ def test_a_fenced_run_ends(store: DirectoryStore, publish: Publish) -> None:
         bridge.publish_average({})
     bridge.abandon()
     assert bridge.publisher is None
+
+
+# -- runs that are stopped ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=["Ctrl-C", "exit"])
+def test_a_stopped_run_publishes_its_last_average(store: DirectoryStore, error: BaseException) -> None:
+    """What training has come to is published, though no version was due, and the model has its own weights back."""
+    bridge, model = averaging(store, every_n_steps=100, validate_with_ema=True), Linear()
+    bridge.begin(model, [])
+    with torch.no_grad():
+        model.layer.weight.add_(1)
+    raw = model.layer.weight.clone()
+    bridge.advance(3)
+    bridge.swap_in()
+    bridge.fail(error, {"loss": 1.5})
+    assert steps_of(store) == [3]
+    assert store.manifest(1).training.metrics == {"loss": 1.5}
+    assert torch.equal(model.layer.weight, raw)
+    assert bridge.publisher is None
+
+
+def test_a_failed_run_publishes_nothing_more(store: DirectoryStore) -> None:
+    """The average of a run that crashed does not come in front of users; what was published before stays."""
+    bridge = averaging(store)
+    bridge.begin(Linear(), [])
+    bridge.advance(2)
+    bridge.publish_average({})
+    bridge.advance(4)
+    bridge.fail(RuntimeError("the loss is not finite"), {})
+    assert steps_of(store) == [2]
+    assert bridge.publisher is None
+
+
+def test_a_fenced_stop_is_still_a_stop(store: DirectoryStore, publish: Publish) -> None:
+    """That another publisher has taken over the store does not take the place of the Ctrl-C that ends training."""
+    bridge = averaging(store)
+    bridge.begin(Linear(), [])
+    publish()
+    bridge.advance(1)
+    bridge.fail(KeyboardInterrupt(), {})
+    assert steps_of(store) == [0]
+
+
+def test_a_signal_does_not_cut_an_update_in_half(store: DirectoryStore, interruptible: None) -> None:
+    """Ctrl-C in the middle of an update comes through after it: the average that is published is a whole one."""
+
+    class Interrupted(ModelEMA):
+        def update(self, model: nn.Module) -> bool:
+            signal.raise_signal(signal.SIGINT)
+            return super().update(model)
+
+    model = Linear()
+    bridge = averaging(store, average=Interrupted)
+    bridge.begin(model, [])
+    with torch.no_grad():
+        model.layer.weight.add_(1)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        bridge.advance(1)
+    bridge.fail(stopped.value, {})
+    manifest = store.manifest(1)
+    assert (manifest.training.step, manifest.ema.updates) == (1, 1)
+    assert bridge.ema is not None
+    assert bridge.ema.updates == 1
+
+
+def test_a_shielded_block_ends_before_a_signal_comes_through(interruptible: None) -> None:
+    """The handler is called once the block has ended, also by an error, and is the same as before afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+    done = []
+
+    def work(error: Exception | None = None) -> None:
+        with shield():
+            signal.raise_signal(signal.SIGINT)
+            done.append("all of it")
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["all of it"]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        work(ValueError())
+    assert isinstance(caught.value.__context__, ValueError)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_shield_in_another_thread_does_nothing() -> None:
+    """Signals are handled in the main thread, and only there may handlers be set."""
+    done = []
+
+    def work() -> None:
+        with shield():
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [True]
+
+
+# -- settings and frameworks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -228,8 +342,9 @@ class Yolo:
     class Average:
         """The trainer's average."""
 
-        ema: nn.Module = Linear()
-        updates = 0
+        def __init__(self) -> None:
+            self.ema: nn.Module = Linear()
+            self.updates = 0
 
         def decay(self, updates: int) -> float:
             """Of the update of this number."""
@@ -243,15 +358,25 @@ class Yolo:
         """Have a function called with the trainer at an event."""
         self.callbacks[event] = func
 
-    def train(self, epochs: int) -> None:
-        """Two updates an epoch. After the last one, the best weights are validated, as in another epoch."""
-        self.callbacks["on_train_start"](self)
-        for self.epoch in range(epochs + 1):
-            if self.epoch < epochs:
-                self.ema.updates += 2
-            self.callbacks["on_fit_epoch_end"](self)
-        self.callbacks["on_train_end"](self)
-        self.callbacks["teardown"](self)
+    def train(self, epochs: int, *, error: BaseException | None = None, updating: bool = False) -> None:
+        """Two updates an epoch. After the last one, the best weights are validated, as in another epoch.
+
+        An `error` ends training in the second epoch, after its first update or (`updating`) in the middle of that.
+        """
+        try:
+            self.callbacks["on_train_start"](self)
+            for self.epoch in range(epochs + 1):
+                for _ in range(2 if self.epoch < epochs else 0):
+                    self.ema.updates += 1
+                    if error is not None and self.epoch == 1 and updating:
+                        raise error
+                    self.callbacks["on_train_batch_end"](self)
+                    if error is not None and self.epoch == 1:
+                        raise error
+                self.callbacks["on_fit_epoch_end"](self)
+            self.callbacks["on_train_end"](self)
+        finally:
+            self.callbacks["teardown"](self)
 
 
 @pytest.mark.parametrize(("every", "possible"), [(1, {2, 4, 6}), (2, {4, 6}), (5, {6})])
@@ -259,7 +384,7 @@ def test_ultralytics_epochs(store: DirectoryStore, every: int, possible: set[int
     """A version every so many epochs and one at the end, each once."""
     yolo = Yolo()
     architecture = Architecture.of(Linear)
-    publish_from(yolo, store, model="test", architecture=architecture, probe=ROWS, every_n_epochs=every)
+    publish_from(yolo, store, name="test", architecture=architecture, probe=ROWS, every_n_epochs=every)
     yolo.train(3)
     steps = steps_of(store)
     assert steps[-1] == 6
@@ -268,8 +393,24 @@ def test_ultralytics_epochs(store: DirectoryStore, every: int, possible: set[int
     described = store.manifest(store.newest()).ema
     assert (described.schedule, described.updates) == ("ultralytics", 6)
     assert described.window == pytest.approx(7)
-    with pytest.raises(ValueError, match="every 1 or more"):
-        publish_from(yolo, store, model="test", architecture=architecture, probe=ROWS, every_n_epochs=0)
+    with pytest.raises(ValueError, match="1 or more epochs"):
+        publish_from(yolo, store, name="test", architecture=architecture, probe=ROWS, every_n_epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "updating", "last"),
+    [(KeyboardInterrupt(), False, 3), (KeyboardInterrupt(), True, 2), (RuntimeError("crash"), False, 2)],
+    ids=["Ctrl-C", "Ctrl-C in an update", "a crash"],
+)
+def test_an_ultralytics_run_that_is_stopped(
+    store: DirectoryStore, error: BaseException, last: int, *, updating: bool
+) -> None:
+    """Ctrl-C publishes the average of the updates that were made wholly; a crash publishes nothing more."""
+    yolo = Yolo()
+    publish_from(yolo, store, name="test", architecture=Architecture.of(Linear), probe=ROWS)
+    with pytest.raises(type(error)):
+        yolo.train(3, error=error, updating=updating)
+    assert steps_of(store)[-1] == last
 
 
 # -- the file beside a checkpoint --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ DECAY = 0.9
 def callback_settings(**options: Any) -> dict[str, Any]:
     """Those that publish the module `net` every four steps, but for these options."""
     settings: dict[str, Any] = {
-        "model": "digits",
+        "name": "digits",
         "architecture": Architecture.of(DigitsNet, width=4),
         "probe": IMAGES[:2],
         "decay": Constant(DECAY),

@@ -67,7 +67,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path,
             trainer.let_go(step)
     with Trainer(tmp_path, store, *resume) as trainer:
         assert trainer.ended() == 0, trainer.log
-        assert "going on at step 40" in trainer.log
+        assert "resuming at step 40" in trainer.log
     assert_same_end(store, uninterrupted)
 
 
@@ -84,7 +84,7 @@ def test_a_stopped_run_publishes_and_saves_the_step_it_was_at(tmp_path: Path, un
         assert newest(store).training.step == step + 1
     with Trainer(tmp_path, store, *resume) as trainer:
         assert trainer.ended() == 0, trainer.log
-        assert "going on at step 34" in trainer.log
+        assert "resuming at step 34" in trainer.log
     assert_same_end(store, uninterrupted)
 
 
@@ -132,10 +132,10 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path:
         ("--batch-size", "32"),
         ("--steps", "70"),
         ("--task", "digits"),
-        ("--schedule", "constant"),
+        ("--lr-schedule", "constant"),
         ("--clip-norm", "1"),
         ("--ema-schedule", "constant"),
-        ("--ema-profile", "short=0.05"),
+        ("--ema-variant", "short=0.05"),
         ("--ema-update-every", "2"),
     ],
     ids=" ".join,
@@ -149,7 +149,7 @@ def test_another_runs_checkpoint_is_refused(
     capsys.readouterr()
     assert train_here(tmp_path / "other", "--steps", "5", *resume, *flags) == 1
     error = capsys.readouterr().err
-    assert "is of another run" in error
+    assert "belongs to another run" in error
     assert "another --resume directory" in error
     assert not (tmp_path / "other" / "versions").exists()
 
@@ -248,7 +248,7 @@ def test_training_goes_on_while_the_disk_is_full(tmp_path: Path) -> None:
             filler.unlink()
             trainer.let_go(45)
             assert trainer.ended() == 0, trainer.log
-            assert "No space left on device; training goes on" in trainer.log
+            assert "No space left on device; training continues" in trainer.log
         assert [store.manifest(version).training.step for version in store.versions()] == [20, 60]
         assert_whole(store.root)
 
@@ -274,7 +274,7 @@ def test_a_last_version_that_could_not_be_published_is_published_when_run_again(
 def test_a_checkpoint_that_finds_no_space_is_no_reason_to_lose_a_run(
     tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While checkpoints cannot be saved, training goes on with a warning, and its versions are published."""
+    """While checkpoints cannot be saved, training continues with a warning, and its versions are published."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         fill(disk)
         status = train_here(tmp_path / "store", "--resume", str(disk))
@@ -338,7 +338,7 @@ def test_buffers_may_be_copied_instead_of_averaged(tmp_path: Path, in_process: N
 def test_further_averages_are_evaluated_and_published(tmp_path: Path, in_process: None) -> None:
     """Each profile has metrics of its own, and is a variant of the version; the main average is what it was."""
     assert train_here(tmp_path / "plain") == 0
-    assert train_here(tmp_path / "store", "--ema-profile", "narrow=0.05", "--ema-profile", "wide=0.2, x=0.1") == 0
+    assert train_here(tmp_path / "store", "--ema-variant", "narrow=0.05", "--ema-variant", "wide=0.2, x=0.1") == 0
     manifest = newest(tmp_path / "store")
     assert set(manifest.variants) == {"narrow", "wide", "x"}
     assert {"ema_narrow_accuracy", "ema_wide_accuracy", "ema_x_accuracy"} <= manifest.training.metrics.keys()
@@ -382,7 +382,7 @@ def test_what_is_not_the_training_itself_may_fail(
     assert train_here(tmp_path / "store", "--heartbeat", nowhere, "--log-dir", nowhere, "--log-every", "1") == 0
     printed = capsys.readouterr().out
     assert printed.count("Not a directory") == 2
-    assert printed.count("training goes on") == 2
+    assert printed.count("training continues") == 2
     assert newest(tmp_path / "store").training.step == STEPS
 
 
@@ -394,7 +394,7 @@ def test_a_heartbeat_that_fails_again_is_said_again(
     flags = ("--heartbeat", str(folder / "beat"))
     with Trainer(tmp_path, tmp_path / "store", *flags, hold_at=[20, 40]) as trainer:
         trainer.wait_at(20)
-        assert trainer.log.count("training goes on") == 1
+        assert trainer.log.count("training continues") == 1
         folder.mkdir()
         trainer.let_go(20)
         trainer.wait_at(40)
@@ -402,7 +402,7 @@ def test_a_heartbeat_that_fails_again_is_said_again(
         folder.rmdir()
         trainer.let_go(40)
         assert trainer.ended() == 0, trainer.log
-        assert trainer.log.count("training goes on") == 2
+        assert trainer.log.count("training continues") == 2
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -411,11 +411,11 @@ def test_a_heartbeat_that_fails_again_is_said_again(
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("cats", "unknown task 'cats': expected one of ['digits', 'mnist5k'], or package.module:Class"),
+        ("cats", "unknown task 'cats': expected digits, mnist5k, or package.module:Class"),
         ("no.such.package:Task", "cannot load task 'no.such.package:Task'"),
         ("tests.tasks:Nowhere", "cannot load task 'tests.tasks:Nowhere'"),
         (":Task", "unknown task ':Task'"),
-        ("tests.tasks:Nameless", "tests.tasks:Nameless is no task: it lacks architecture, signature, batch"),
+        ("tests.tasks:Nameless", "tests.tasks:Nameless is not a task: it lacks architecture, signature, batch"),
         ("tests.tasks:Demanding", "cannot load task 'tests.tasks:Demanding'"),
         ("tests.tasks:Failing", "cannot load task 'tests.tasks:Failing'"),
     ],
@@ -448,13 +448,13 @@ def test_a_task_that_is_not_there_is_an_error(
         ("--ema-update-every", "0"),
         ("--ema-buffers", "drop"),
         ("--ema-schedule", "cosine"),
-        ("--ema-profile", "short"),
-        ("--ema-profile", "=0.1"),
-        ("--ema-profile", "a=b"),
+        ("--ema-variant", "short"),
+        ("--ema-variant", "=0.1"),
+        ("--ema-variant", "a=b"),
         ("--publish-dtype", "float64"),
         ("--precision", "fp8"),
         ("--accumulate", "0"),
-        ("--schedule", "linear"),
+        ("--lr-schedule", "linear"),
         ("--final-learning-rate", "1.5"),
         ("--clip-norm", "0"),
         ("--log-every", "0"),
