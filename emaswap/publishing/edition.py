@@ -83,6 +83,7 @@ class Editor:
     @torch.no_grad()
     def edit(self, copied: PrivateCopy) -> Edition:
         """Prove each module of a private copy right. Raises `EmaswapError` when it could not be served."""
+        copied.wait()
         parts = {
             name: self._part(module, copied.layouts[name], copied.infos[name])
             for name, module in copied.modules.items()

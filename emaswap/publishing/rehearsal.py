@@ -3,6 +3,7 @@
 What could never be published or served shows here, with what to do, and not in the middle of training.
 """
 
+import logging
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from emaswap.versions.architecture import Architecture, build, widen
 from emaswap.versions.probe import Rows, to_inputs, tolerances
 from emaswap.versions.signature import Inputs, Signature
 
+log = logging.getLogger(__name__)
+
+# How far answers may differ for numerical reasons, of the largest of them.
+_OTHER_ROWS = 0.05
 # A model that samples may draw the same sample now and then.
 _DRAWS = 5
 
@@ -50,11 +55,13 @@ def rehearse(
 
     Raises `PublishError` when it fails, or when the answers are not a function of weights and inputs.
     """
-    with _own_random_numbers():
+    # Neither inference mode nor autocast are on where versions are proven and served.
+    with _own_random_numbers(), torch.inference_mode(mode=False), torch.autocast("cpu", enabled=False):
         module = _built(architecture, dtype)
         try:
             signature, inputs = _first_run(module, to_inputs(probe), signature)
             _run_again(module, signature, inputs)
+            _run_other_rows(module, signature, inputs)
         except Exception as error:  # forward is somebody else's code and may raise anything
             message = str(error) if isinstance(error, EmaswapError) else f"{type(error).__name__}: {error}"
             raise PublishError(
@@ -137,6 +144,31 @@ def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor
                 else "forward keeps something between calls, or depends on the time: let it depend on its inputs alone"
             )
             raise PublishError(f"the same probe is answered differently each time (output {other[0]!r}): {why}")
+
+
+def _run_other_rows(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> None:
+    """Run another number of rows: a service runs as many together as have arrived."""
+    bound = signature.bind(module)
+    rows = len(next(iter(inputs.values())))
+    others = {name: batch[:1] if rows > 1 else torch.cat([batch, batch]) for name, batch in inputs.items()}
+    together = bound(_copies(inputs))
+    try:
+        alone = bound(_copies(others))
+    except Exception as error:  # forward is somebody else's code and may raise anything
+        raise PublishError(
+            f"{rows} rows run, {len(next(iter(others.values())))} do not ({error}): let forward take any number of rows"
+        ) from error
+    for name, answers in together.items():
+        first, again = answers[:1].double(), alone[name][:1].double()
+        if answers.is_floating_point() and first.shape == again.shape and first.numel():
+            difference = (first - again).abs().max()
+            if difference > _OTHER_ROWS * answers.double().abs().max():
+                log.warning(
+                    "output %r of a row differs by %.3g when the row is alone: answers that depend on other rows of a "
+                    "batch depend on other requests, too",
+                    name,
+                    difference.item(),
+                )
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ class PrivateCopy:
         self._dtypes = dtypes
         self._arrived: torch.cuda.Event | None = None
 
+    # Copies that are made in inference mode could not be written to outside of it.
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def take(
         self, ema: ModelEMA | nn.Module, training: TrainingInfo, staging: Staging, averaged: EmaInfo | None = None
@@ -129,8 +131,6 @@ class Tray:
         """Take the copy that waits, if there is one. `give_back` it when it is published."""
         with self._lock:
             copied, self._waiting = self._waiting, None
-        if copied is not None:
-            copied.wait()
         return copied
 
     def give_back(self, copied: PrivateCopy) -> None:

@@ -4,6 +4,8 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,9 @@ DOINGS: dict[str, Callable[[Doing, Tensor], object]] = {
     "one number": lambda self, out: out.mean(),
     "columns": lambda self, out: out.T,
     "a cache beside it": lambda self, out: {"logits": out, "past_key_values": Cache()},
+    "four rows alone": lambda self, out: out.view(4, 2) + 0,
+    "as many columns as rows": lambda self, out: out @ out.T,
+    "the mean of all rows": lambda self, out: out - out.mean(0),
     "with None": lambda self, out: (out, None),
     "double": lambda self, out: out.double(),
 }
@@ -116,6 +121,8 @@ def publisher_of(store: DirectoryStore, what: str, **options: Any) -> Publisher:
         ("no numbers", "rows without numbers"),
         ("one number", r"shape \(\): expected 4 rows"),
         ("columns", r"shape \(2, 4\): expected 4 rows"),
+        ("four rows alone", "4 rows run, 1 do not .*any number of rows"),
+        ("as many columns as rows", r"4 rows run, 1 do not .*expected 1 rows, each float32 of shape \(4\)"),
         ("a cache beside it", "'past_key_values' is a Cache.*Give a Signature that names the outputs"),
     ],
 )
@@ -135,6 +142,34 @@ def test_a_refused_publisher_makes_no_store(store: DirectoryStore) -> None:
     with pytest.raises(PublishError):
         publisher_of(elsewhere, "noise")
     assert not elsewhere.root.exists()
+
+
+def test_answers_that_depend_on_other_rows_are_a_warning(
+    store: DirectoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A service runs the rows of several requests together, so that one's answers would depend on another's."""
+    publisher_of(store, "the mean of all rows").close()
+    assert "output 'output' of a row differs by" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, partial(torch.autocast, "cpu"), torch.no_grad],
+    ids=["inference mode", "autocast", "no gradients"],
+)
+def test_a_publisher_works_in_whatever_mode_training_is(
+    store: DirectoryStore, mode: Callable[[], AbstractContextManager[object]]
+) -> None:
+    """Modes that the calling thread is in change neither the signature nor the copies."""
+    with mode():
+        publisher = Publisher(store, name="test", architecture=Architecture.of(Linear), probe=ROWS)
+        publisher.publish(Linear())
+        publisher.flush()
+    for _ in range(3):
+        publisher.publish(Linear())
+    publisher.close()
+    assert publisher.failed == 0
+    assert store.manifest(1).signature.outputs[0].dtype == "float32"
 
 
 @pytest.mark.parametrize("what", ["a cache", "with None"])
