@@ -65,6 +65,7 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"
     PROBE_FAILED = "probe_failed"
     PROBE_MISMATCH = "probe_mismatch"
+    FORWARD_TIMEOUT = "forward_timeout"
 
 
 class BadVersion(EmaswapError):

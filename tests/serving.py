@@ -12,10 +12,12 @@ from typing import Any, Self, TypeVar
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from service.__main__ import Server
+from service.parts import Service
 from service.settings import ServiceSettings
-from service.web.app import Service, create_app
+from service.web.app import create_app
 from tests.programs import ROOT, Program, interpreter
 
 __all__ = ["ADMIN", "ROOT", "TRUST", "Served", "ServiceProcess", "serve", "wait_for"]
@@ -40,16 +42,22 @@ def wait_for(condition: Callable[[], Result], *, timeout_s: float = 30.0, what: 
 class Served:
     """A running service as its clients see it."""
 
-    def __init__(self, url: str, service: Service | None = None) -> None:
+    def __init__(self, url: str, app: FastAPI | None = None) -> None:
         self.url = url
         self.client = httpx.Client(base_url=url, timeout=30)
-        self._service = service
+        self._app = app
+
+    @property
+    def app(self) -> FastAPI:
+        """The application of a service that runs in this process."""
+        assert self._app is not None
+        return self._app
 
     @property
     def service(self) -> Service:
         """The parts of a service that runs in this process."""
-        assert self._service is not None
-        return self._service
+        service: Service = self.app.state.service
+        return service
 
     def predict(self, inputs: Any, **headers: str) -> httpx.Response:
         """POST /predict."""
@@ -96,7 +104,7 @@ def serve(**settings: Any) -> Iterator[Served]:
     try:
         wait_for(lambda: server.started, what="the service's start")
         port = server.servers[0].sockets[0].getsockname()[1]
-        served = Served(f"http://127.0.0.1:{port}", app.state.service)
+        served = Served(f"http://127.0.0.1:{port}", app)
         with served.client:
             yield served
     finally:

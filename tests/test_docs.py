@@ -12,11 +12,11 @@ from prometheus_client.metrics_core import Metric
 from pydantic_settings import BaseSettings
 
 from emaswap import DirectoryStore, Reason, __version__
-from service.metrics import Metrics
-from service.refusal import STATUS
-from service.serving.slot import Slot
+from service.parts import Service
+from service.refusal import Code
 from service.settings import ServiceSettings
 from service.web.app import create_app
+from service.web.refused import STATUS
 from tests.models import Net
 from tests.programs import ROOT, run
 from trainer.settings import TrainerSettings
@@ -53,7 +53,7 @@ def test_every_setting_is_listed(settings: type[BaseSettings], heading: str) -> 
 
 
 def _metrics() -> Iterator[Metric]:
-    yield from Metrics(Slot()).registry.collect()
+    yield from Service(ServiceSettings(store="nowhere")).registry.collect()
 
 
 def test_every_metric_is_listed() -> None:
@@ -75,7 +75,7 @@ def test_every_reason_is_listed() -> None:
 def test_every_error_is_listed() -> None:
     """docs/http.md has each error code with its status."""
     assert [row[:2] for row in _table("docs/http.md", "## Errors")] == [
-        [str(status), f"`{code}`"] for code, status in STATUS.items()
+        [str(STATUS[code]), f"`{code}`"] for code in Code
     ]
 
 

@@ -116,7 +116,7 @@ def test_a_publisher_killed_at_any_instant_leaves_the_store_whole(tmp_path: Path
             manifest = store.manifest(newest)
             fetched = proof.fetch(store, manifest)
             module = proof.verify(manifest, fetched, trusted=["tests.models.*"], device=torch.device("cpu"))
-            proof.replay(manifest, fetched, module, device=torch.device("cpu"))
+            proof.replay(manifest, fetched.probe, module, device=torch.device("cpu"))
             assert manifest.term >= max(terms, default=0)
             terms.add(manifest.term)
     print(f"{newest} versions in {len(terms)} terms; {cut_short} kills left a file half-written")

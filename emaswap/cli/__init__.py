@@ -162,7 +162,7 @@ def _problem(store: Store, version: int, trusted: tuple[str, ...]) -> str:
         for manifest in (whole, *map(whole.of_variant, whole.variants)):
             fetched = proof.fetch(store, manifest)
             module = proof.verify(manifest, fetched, trusted=trusted, device=device)
-            proof.replay(manifest, fetched, module, device=device)
+            proof.replay(manifest, fetched.probe, module, device=device)
     except (BadVersion, Missing) as error:
         return str(error)
     return ""

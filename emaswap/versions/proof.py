@@ -49,9 +49,9 @@ def verify(manifest: Manifest, fetched: Fetched, *, trusted: Iterable[str], devi
     return module.to(device)
 
 
-def replay(manifest: Manifest, fetched: Fetched, module: nn.Module, *, device: torch.device) -> dict[str, Tensor]:
-    """The module's answers to the probe. Raises `BadVersion` when they are not those recorded at publishing."""
-    outputs = fetched.probe.replay(module, manifest.signature)
+def replay(manifest: Manifest, probe: Probe, module: nn.Module, *, device: torch.device) -> dict[str, Tensor]:
+    """Return the module's answers to the probe. Raises `BadVersion` when they are not those recorded at publishing."""
+    outputs = probe.replay(module, manifest.signature)
     rtol, atol = tolerances(named_tensors(module), device)
-    fetched.probe.compare(outputs, rtol=max(rtol, manifest.probe.rtol), atol=max(atol, manifest.probe.atol))
+    probe.compare(outputs, rtol=max(rtol, manifest.probe.rtol), atol=max(atol, manifest.probe.atol))
     return outputs

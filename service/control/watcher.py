@@ -20,8 +20,8 @@ from emaswap.priority import give_way
 from emaswap.store.versions import manifest_key
 from service.control.lifecycle import History, State
 from service.control.loader import Loader
+from service.control.metrics import ControlMetrics
 from service.control.policy import Known, Load, decide
-from service.metrics import Metrics
 from service.serving.servable import Servable
 from service.serving.slot import Slot
 
@@ -46,7 +46,7 @@ class _Rejection:
 class Watcher:
     """Keeps a slot at the version that the store's state calls for."""
 
-    def __init__(self, slot: Slot, loader: Loader, history: History, metrics: Metrics, *, poll_s: float) -> None:
+    def __init__(self, slot: Slot, loader: Loader, history: History, metrics: ControlMetrics, *, poll_s: float) -> None:
         """Follow the store that the loader reads, with a look at it every `poll_s` seconds or so."""
         self.store = loader.store
         self.slot = slot
@@ -98,6 +98,11 @@ class Watcher:
     async def on_thread(self, work: Callable[[], Result]) -> Result:
         """Run something that blocks on the watcher's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def give_up(self, servable: Servable, error: BadVersion) -> None:
+        """Reject a version that turned out broken while it was live, and look for another to take its place."""
+        self._executor.submit(lambda: self._reject(servable.version, error, self.store.stamps(servable.version), {}))
+        self._changed.set()
 
     def close(self) -> None:
         """End the thread, once what it is at is done."""
