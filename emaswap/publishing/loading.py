@@ -62,7 +62,7 @@ def _proven(
     manifest = whole.of_variant(variant)
     fetched = proof.fetch(store, manifest)
     module = proof.verify(manifest, fetched, trusted=trusted, device=device)
-    proof.replay(manifest, fetched, module, device=device)
+    proof.replay(manifest, fetched.probe, module, device=device)
     return module
 
 
