@@ -26,6 +26,7 @@ from emaswap.errors import (
     StoreError,
     TooLarge,
 )
+from emaswap.publishing.loading import load
 from emaswap.publishing.published import snapshots_of
 from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
@@ -66,6 +67,7 @@ __all__ = [
     "TensorField",
     "TooLarge",
     "__version__",
+    "load",
     "make_schedule",
     "open_store",
     "snapshots_of",
