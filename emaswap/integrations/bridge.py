@@ -30,22 +30,11 @@ log = logging.getLogger(__name__)
 class Publishing:
     """Publishes at intervals and at the end. A version that cannot be published is a warning; training continues."""
 
-    def __init__(
-        self,
-        store: Store | str | Path,
-        *,
-        name: str,
-        architecture: Architecture | str,
-        probe: Inputs,
-        every: int,
-        **publisher: Any,
-    ) -> None:
-        """Check the arguments; `open` opens the store. `publisher`: further arguments of `Publisher`."""
+    def __init__(self, store: Store | str | Path, *, every: int, **publisher: Any) -> None:
+        """Check the arguments, of which `publisher` are those of `Publisher`. `open` opens the store."""
         if every < 1:
             raise ValueError(f"expected an interval of 1 or more between versions, got {every}")
-        publisher |= {"name": name, "architecture": architecture, "probe": probe}
         inspect.signature(Publisher).bind(store, **publisher)  # so that a misspelt name fails here, not during training
-        self.name = name
         self.publisher: Publisher | None = None
         self._open = partial(Publisher, store, **publisher)
         self._every = every
@@ -124,7 +113,9 @@ class Averaging(Publishing):
             average: makes the average from the module and `decay`, such as `functools.partial(ModelEMA, buffers="copy")`.
             publisher: further arguments of `Publisher` (`signature`, `keep`, `on_publish`, ...).
         """
-        super().__init__(store, name=name, architecture=architecture, probe=probe, every=every_n_steps, **publisher)
+        publisher |= {"name": name, "architecture": architecture, "probe": probe}
+        super().__init__(store, every=every_n_steps, **publisher)
+        self.name = name
         self.ema: ModelEMA | None = None
         self._decay = decay
         self._path = module
