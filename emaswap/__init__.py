@@ -25,6 +25,7 @@ from emaswap.errors import (
     StoreError,
     TooLarge,
 )
+from emaswap.publishing.published import load
 from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
 from emaswap.store import DirectoryStore, Store, open_store
@@ -64,6 +65,7 @@ __all__ = [
     "TensorField",
     "TooLarge",
     "__version__",
+    "load",
     "make_schedule",
     "open_store",
     "snapshots_of",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
 from emaswap.tensors import dtype_name, named_tensors
@@ -176,6 +177,11 @@ def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEF
         module = factory(**architecture.arguments)
         if not isinstance(module, nn.Module):
             raise TypeError(f"it returned a {type(module).__name__}, not a torch.nn.Module")
+        if lazy := [name for name, tensor in module.state_dict(keep_vars=True).items() if is_lazy(tensor)]:
+            raise TypeError(
+                f"{', '.join(lazy[:5])} have no shape before the module has run: "
+                "give the sizes instead of a lazy module, or run it once in the factory"
+            )
     except BadVersion:
         raise
     except (Exception, SystemExit) as error:  # a factory is somebody else's code and may raise anything

@@ -99,6 +99,8 @@ class Signature(BaseModel):
             for part, training in modes.items():
                 part.training = training
         outputs = named_outputs(returned)
+        if not outputs:
+            raise TypeError(f"forward returned {returned!r}, expected a tensor, or several in a tuple or mapping")
         rows = len(next(iter(named.values())))
         return cls(
             inputs=tuple(_field_of("input", name, batch, rows, "") for name, batch in named.items()),
@@ -130,6 +132,13 @@ class Signature(BaseModel):
                 f"inputs have different numbers of rows: { ({name: len(batch) for name, batch in named.items()}) }"
             )
         return {name: named[name] for name in wanted}
+
+    def check_dtypes(self, outputs: Mapping[str, Tensor]) -> None:
+        """Raise `ValueError` when outputs, by name, are not of the dtypes that the signature says."""
+        for field in self.outputs:
+            if outputs[field.name].dtype != field.torch_dtype:
+                came = dtype_name(outputs[field.name].dtype)
+                raise ValueError(f"output {field.name!r}: the signature says {field.dtype}, the module returns {came}")
 
     def bind(self, module: nn.Module, *, strict: bool = False) -> "Bound":
         """Decide once how a module takes the inputs. Raises `TypeError` when that would be a guess: see `Binding.of`."""
