@@ -25,10 +25,12 @@ from emaswap.errors import (
     StoreError,
     TooLarge,
 )
+from emaswap.publishing.published import load
 from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
 from emaswap.store import DirectoryStore, Store, open_store
-from emaswap.versions.manifest import Architecture, EmaInfo, Manifest, Pin
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo, Manifest, Pin
 from emaswap.versions.signature import Signature, TensorField
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "TensorField",
     "TooLarge",
     "__version__",
+    "load",
     "make_schedule",
     "open_store",
     "snapshots_of",

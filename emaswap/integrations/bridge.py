@@ -21,7 +21,8 @@ from emaswap.errors import Fenced
 from emaswap.integrations.shield import shield
 from emaswap.publishing.publisher import Publisher
 from emaswap.store import Store
-from emaswap.versions.manifest import Architecture, EmaInfo
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo
 from emaswap.versions.signature import Inputs
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from emaswap.errors import Fenced
 from emaswap.integrations.bridge import Publishing, is_stop, warn_of
 from emaswap.store import Store
 from emaswap.tensors import dtype_name
-from emaswap.versions.manifest import Architecture, EmaInfo
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo
 from emaswap.versions.signature import Inputs
 
 

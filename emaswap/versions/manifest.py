@@ -3,25 +3,24 @@
 Knows what a version says of itself; whether that is true is for the reader of its weights to prove.
 """
 
-import json
 import math
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic_core
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from emaswap.errors import BadVersion, EmaswapError, Reason
+from emaswap.errors import BadVersion, Reason
 from emaswap.files.digest import Digest
 from emaswap.release import __version__
-from emaswap.versions.signature import Signature
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.signature import Signature, Size
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
 
 Version = Annotated[int, Field(ge=1, le=10**15)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
-Size = Annotated[int, Field(ge=0, le=1 << 48)]
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
@@ -30,11 +29,6 @@ def _finite_or_none(value: float | None) -> float | None:
 
 
 Metric = Annotated[float | None, AfterValidator(_finite_or_none)]
-
-
-def _plain_json(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    json.dumps(arguments, allow_nan=False)
-    return arguments
 
 
 class _Frozen(BaseModel):
@@ -55,21 +49,6 @@ class WeightsInfo(_Frozen):
     digest: Digest
     size: Size
     tensors: dict[str, TensorInfo]
-
-
-class Architecture(_Frozen):
-    """How to build the module: the import path of a factory ("package.module:name"), and its keyword arguments."""
-
-    factory: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=500)]
-    arguments: Annotated[dict[str, JsonValue], AfterValidator(_plain_json)] = {}
-
-    @classmethod
-    def of(cls, factory: Any, **arguments: JsonValue) -> "Architecture":
-        """The architecture of a class or function that the service can import, too: `Architecture.of(Net, width=32)`."""
-        module, name = factory.__module__, factory.__qualname__
-        if not name.isidentifier():
-            raise EmaswapError(f"no service can import {module}:{name}: move it to the top of a module")
-        return cls(factory=f"{module}:{name}", arguments=arguments)
 
 
 class EmaInfo(_Frozen):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from emaswap import Manifest, Signature
+from emaswap.versions.signature import Bound
 
 Rows = dict[str, NDArray[np.generic]]
 """A batch by input or output name, rows first."""
@@ -45,6 +47,10 @@ class Servable:
         """Seconds from the publisher's clock at the commit to this one's when the version was ready."""
         return (self.loaded_at - self.manifest.created_at).total_seconds()
 
+    @cached_property
+    def _bound(self) -> Bound:
+        return self.signature.bind(self.module)
+
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> Rows:
         """The outputs for a batch, by name. Raises whatever the module raises."""
         with torch.inference_mode():
@@ -52,7 +58,7 @@ class Servable:
                 field.name: torch.from_numpy(inputs[field.name]).to(self.device, field.torch_dtype)
                 for field in self.signature.inputs
             }
-            outputs = self.signature.run(self.module, batch)
+            outputs = self._bound(batch)
             return {name: _to_numpy(output) for name, output in outputs.items()}
 
 

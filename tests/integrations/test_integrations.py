@@ -205,7 +205,7 @@ def test_a_fenced_run_ends(store: DirectoryStore, publish: Publish) -> None:
     bridge.publish_average({})
     publisher = bridge.publisher
     assert publisher is not None
-    wait_for(lambda: publisher._working is None)
+    wait_for(lambda: publisher.error)
     bridge.advance(4)
     with pytest.raises(Fenced):
         bridge.publish_average({})

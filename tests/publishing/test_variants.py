@@ -206,7 +206,7 @@ def test_a_snapshot_from_cuda_has_the_weights_of_its_instant() -> None:
     """Updates that follow at once do not reach into a snapshot that is still on its way."""
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(16))).cuda()
     ema = ModelEMA(model, decay=Constant(0.0))
-    snapshot, staging = PrivateCopy(), Staging()
+    snapshot, staging = PrivateCopy({}), Staging()
     for number in range(5):
         with torch.no_grad():
             for parameter in model.parameters():
