@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from emaswap.averaging.model_ema import ModelEMA, unwrap
 from emaswap.averaging.schedule import Schedule
-from emaswap.errors import Fenced
+from emaswap.errors import Fenced, PublishError
 from emaswap.integrations.shield import shield
 from emaswap.publishing.publisher import Publisher
 from emaswap.store import Store
@@ -67,15 +67,18 @@ class Publishing:
         if self.publisher is None or not (self._due or (last and self._step != self._published_step)):
             return
         self._due, self._published_step = False, self._step
-        numbers = _numbers(metrics)
         with shield():
-            warn_of(partial(self.publisher.publish, average, step=self._step, metrics=numbers, averaged=averaged))
+            self.publisher.publish(average, step=self._step, metrics=_numbers(metrics), averaged=averaged)
 
     def close(self) -> None:
         """Wait until everything is published. Raises only `Fenced`."""
         publisher, self.publisher = self.publisher, None
-        if publisher is not None:
-            warn_of(publisher.close)
+        if publisher is None:
+            return
+        with suppress(PublishError):  # the log has it
+            publisher.close()
+        if isinstance(publisher.error, Fenced):
+            raise publisher.error
 
     def abandon(self) -> None:
         """Let what is being published finish, and raise nothing that could hide the error that ended training."""
