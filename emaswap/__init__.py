@@ -1,6 +1,7 @@
 """emaswap: the EMA weights of a running training job, in front of users, safely and without a pause."""
 
-from emaswap.averaging.model_ema import EMA, ModelEMA
+from emaswap.averaging.ema import EMA
+from emaswap.averaging.model_ema import ModelEMA
 from emaswap.averaging.schedule import (
     Constant,
     CountRamp,
@@ -11,7 +12,7 @@ from emaswap.averaging.schedule import (
     Schedule,
     make_schedule,
 )
-from emaswap.averaging.synthesis import Snapshot, snapshots_of, synthesize
+from emaswap.averaging.synthesis import Snapshot, synthesize
 from emaswap.errors import (
     BadVersion,
     EmaError,
@@ -25,7 +26,8 @@ from emaswap.errors import (
     StoreError,
     TooLarge,
 )
-from emaswap.publishing.published import load
+from emaswap.publishing.loading import load
+from emaswap.publishing.published import snapshots_of
 from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
 from emaswap.store import DirectoryStore, Store, open_store

@@ -1,6 +1,7 @@
 """A module's state as plain tensors by name, and what can be said of tensors without knowing whose they are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import eq
 
 import numpy as np
 import torch
@@ -35,6 +36,43 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[plain_name(name)] = tensor.detach()
     return tensors
+
+
+def differences(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    *,
+    dtypes: Callable[[torch.dtype, torch.dtype], bool] | None = eq,
+) -> dict[str, list[str]]:
+    """Return the tensors in which two states differ, by the kind of difference; empty when they match.
+
+    The kinds are spelt like the reasons of `BadVersion`. `dtypes(expected, found)` says whether two dtypes match; with
+    `None` all do.
+    """
+    common = sorted(expected.keys() & found.keys())
+    kinds = {
+        "missing_tensor": sorted(expected.keys() - found.keys()),
+        "unexpected_tensor": sorted(found.keys() - expected.keys()),
+        "wrong_shape": [
+            f"{name} (expected {list(expected[name].shape)}, got {list(found[name].shape)})"
+            for name in common
+            if expected[name].shape != found[name].shape
+        ],
+        "wrong_dtype": [
+            f"{name} (expected {dtype_name(expected[name].dtype)}, got {dtype_name(found[name].dtype)})"
+            for name in common
+            if dtypes is not None and not dtypes(expected[name].dtype, found[name].dtype)
+        ],
+    }
+    return {kind: names for kind, names in kinds.items() if names}
+
+
+def in_words(kinds: Mapping[str, list[str]]) -> str:
+    """Return `differences` as a text; of each kind, it names the first twenty."""
+    return "; ".join(
+        f"{kind.replace('_', ' ')}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if names[20:] else ''}"
+        for kind, names in kinds.items()
+    )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +16,10 @@ import uvicorn
 from service.__main__ import Server
 from service.settings import ServiceSettings
 from service.web.app import Service, create_app
+from tests.programs import ROOT, Program, interpreter
 
-ROOT = Path(__file__).parent.parent
+__all__ = ["ADMIN", "ROOT", "TRUST", "Served", "ServiceProcess", "serve", "wait_for"]
+
 TRUST = ("tests.models.*",)
 ADMIN = {"Authorization": "Bearer correct horse"}
 
@@ -105,14 +106,16 @@ def serve(**settings: Any) -> Iterator[Served]:
 
 
 class ServiceProcess(Served):
-    """`python -m service` as a process of its own; its log lines are at hand."""
+    """`python -m service` as a process of its own; its log lines are at hand.
 
-    def __init__(self, store: Path, *flags: str, port: int = 0, wait: bool = True) -> None:
-        command = [sys.executable, "-m", "service", "--store", str(store), "--port", str(port), "--log-format", "json"]
+    It is forked from the nursery, unless it is to be `fresh`: started as people start it.
+    """
+
+    def __init__(self, store: Path, *flags: str, port: int = 0, wait: bool = True, fresh: bool = False) -> None:
+        command = ["-m", "service", "--store", str(store), "--port", str(port), "--log-format", "json"]
         trust = [flag for pattern in TRUST for flag in ("--trust", pattern)]
-        self.process = subprocess.Popen(
-            [*command, *trust, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        start = interpreter if fresh else Program
+        self.process = start(*command, *trust, *flags, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -20,7 +20,8 @@ import torch
 from emaswap import Architecture, DirectoryStore, Fenced, ModelEMA, Publisher
 from emaswap.versions import proof
 from tests.models import Everything, Everywhere, Linear, Slow
-from tests.serving import ADMIN, ROOT, ServiceProcess, wait_for
+from tests.programs import ROOT, Program, run
+from tests.serving import ADMIN, ServiceProcess, wait_for
 
 CLIENTS = 16
 
@@ -64,22 +65,14 @@ class Client:
 def test_no_answer_fails_or_mixes_versions_while_versions_race_by(tmp_path: Path, versions: int) -> None:
     """Under 16 clients, versions as fast as the store takes them: each answer is whole, and made by whom it names."""
     store = tmp_path / "store"
-    first = subprocess.run(
-        [sys.executable, "-m", "tests.publisher_process", str(store), "1"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    publishing = ("-m", "tests.publisher_process", str(store))
+    first = run(*publishing, "1", check=True)
     with ServiceProcess(store) as service:
         stop = threading.Event()
         clients = [Client(service.url, stop) for _ in range(CLIENTS)]
         for client in clients:
             client.thread.start()
-        rest = subprocess.run(
-            [sys.executable, "-m", "tests.publisher_process", str(store), str(versions - 1)],
-            cwd=ROOT, check=True, capture_output=True, text=True,
-        )  # fmt: skip
+        rest = run(*publishing, str(versions - 1), check=True)
         service.wait_until_live(versions)
         answered = sum(client.answers for client in clients)
         wait_for(lambda: sum(client.answers for client in clients) > answered + CLIENTS, what="answers by the last")
@@ -103,24 +96,15 @@ def test_a_publisher_killed_at_any_instant_leaves_the_store_whole(tmp_path: Path
     """After each of 200 kills the newest version is proven right, and the next publisher goes on behind it."""
     store = DirectoryStore(tmp_path / "store")
     store.prepare()
-    nursery = subprocess.Popen(
-        [sys.executable, "-m", "tests.nursery", str(store.root)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert nursery.stdin is not None
-    assert nursery.stdout is not None
     randomly = random.Random(1)
     terms: set[int] = set()
     newest, cut_short = 0, 0
-    with nursery:
+    with Path(os.devnull).open("w") as nowhere:
         for _ in range(200):
-            print(file=nursery.stdin, flush=True)
-            pid = int(nursery.stdout.readline())
+            publishing = Program("-m", "tests.publisher_process", str(store.root), str(10**6), stdout=nowhere)
             time.sleep(randomly.uniform(0, 0.15))
-            os.kill(pid, signal.SIGKILL)
+            publishing.kill()
+            assert publishing.wait() == -signal.SIGKILL
             versions = store.versions()
             assert max(versions, default=0) >= newest
             newest = max(versions, default=0)
@@ -135,7 +119,6 @@ def test_a_publisher_killed_at_any_instant_leaves_the_store_whole(tmp_path: Path
             proof.replay(manifest, fetched, module, device=torch.device("cpu"))
             assert manifest.term >= max(terms, default=0)
             terms.add(manifest.term)
-        nursery.stdin.close()
     print(f"{newest} versions in {len(terms)} terms; {cut_short} kills left a file half-written")
     assert len(terms) > 20
     assert cut_short > 5
@@ -197,7 +180,7 @@ def test_trainer_and_service_work_as_two_commands_in_either_order(tmp_path: Path
     """A service started before the store exists follows the trainer; one started afterwards serves what is there."""
     store = tmp_path / "store"
     trainer = [sys.executable, "-m", "trainer", "--store", str(store), "--task", "digits", "--seed", "1"]
-    with ServiceProcess(store, wait=False) as early:
+    with ServiceProcess(store, wait=False, fresh=True) as early:
         not_ready = early.client.get("/readyz")
         assert not_ready.status_code == 503
         assert "does not exist" in not_ready.json()["reason"]

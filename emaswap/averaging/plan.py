@@ -4,17 +4,16 @@ Knows tensors, and nothing of schedules or of counting.
 """
 
 import cmath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import chain
-from operator import is_
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from emaswap.averaging.held import Held, local_part
 from emaswap.errors import EmaError
-from emaswap.tensors import plain_name
+from emaswap.tensors import differences, in_words, plain_name
 
 Buffers = Literal["average", "copy"]
 
@@ -30,11 +29,11 @@ class Plan:
         self, averages: Sequence[nn.Module], model: nn.Module, *, buffers: Buffers, exclude: Iterable[str]
     ) -> None:
         """Match the tensors by name. Raises `EmaError` naming those that are missing, extra, or of another shape."""
-        self._held = [_Held(module) for module in (*averages, model)]
+        self._held = [Held(module) for module in (*averages, model)]
         *averaged, weights = [held.state() for held in self._held]
         for states in averaged:
-            if problem := _difference(states, weights):
-                raise EmaError(f"the model is not the one that is being averaged: {problem}")
+            if found := differences(states, weights, dtypes=None) or _sharded_differently(states, weights):
+                raise EmaError(f"the model does not match its average: {in_words(found)}")
 
         exclude = tuple(exclude)
         unaveraged = _buffer_names(model) if buffers == "copy" else set()
@@ -53,12 +52,12 @@ class Plan:
             memory = _memory(average)
             if memory in done:  # a tied tensor has several names and must decay once
                 if done[memory] != _memory(weights[name]):
-                    raise EmaError(f"the model is not the one that is being averaged: tied only in the average: {name}")
+                    raise EmaError(f"the model does not match its average: tied only in the average: {name}")
                 continue
             done[memory] = _memory(weights[name])
             if mesh := getattr(average, "device_mesh", None):
                 self._meshes[mesh] = None
-            weight, followers = _local(weights[name]), [_local(each[name]) for each in averaged]
+            weight, followers = local_part(weights[name]), [local_part(each[name]) for each in averaged]
             is_number = average.is_floating_point() or average.is_complex()
             if not is_number or memory in copied:
                 self._copied.append((weight, followers))
@@ -145,101 +144,21 @@ class Plan:
                 _set_unless(found_inf, average, now.to(average))
 
 
-class _Held:
-    """The tensors of a module's state where they hang, so that a look tells whether they are still the same.
-
-    The look is made at every update, beside which it must cost next to nothing: it goes through plain dictionaries,
-    in loops that the interpreter runs in C.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._children: list[dict[str, Any]] = []
-        self._folders: list[dict[str, Any]] = []
-        self._places: list[dict[str, Any]] = []
-        self._keys: list[str] = []
-        self._tensors: list[Tensor] = []
-        self._names: list[str] = []
-        for prefix, child in module.named_modules(remove_duplicate=False):
-            self._children.append(child._modules)
-            self._folders += (child._parameters, child._buffers)
-            # Non-persistent buffers are no state.
-            for held, skipped in ((child._parameters, ()), (child._buffers, child._non_persistent_buffers_set)):
-                for key, tensor in held.items():
-                    if tensor is not None and key not in skipped:
-                        self._places.append(held)
-                        self._keys.append(key)
-                        self._tensors.append(tensor)
-                        self._names.append(f"{prefix}.{key}" if prefix else key)
-        self._locals = [getattr(tensor, "_local_tensor", tensor) for tensor in self._tensors]
-        self._memories = [tensor.detach() for tensor in self._locals]
-        self._seen = self._look()
-
-    def state(self) -> dict[str, Tensor]:
-        """The state under its names, without what `torch.compile` puts into them."""
-        names = (plain_name(name) for name in self._names)
-        return dict(zip(names, self._tensors, strict=True))
-
-    def put_back(self) -> None:
-        """Undo what was exchanged, converted or moved since."""
-        for place, key, tensor, memory in zip(self._places, self._keys, self._tensors, self._memories, strict=True):
-            place[key] = tensor
-            if (tensor.dtype, _local(tensor).data_ptr()) != (memory.dtype, memory.data_ptr()):
-                tensor.data = memory
-
-    def is_of(self, module: nn.Module) -> bool:
-        """Whether this is that module's state, and nothing in it was exchanged, converted or moved."""
-        return (
-            module is self._module
-            and all(map(is_, map(dict.get, self._places, self._keys), self._tensors))
-            and self._look() == self._seen
-        )
-
-    def _look(self) -> tuple[list[int], list[int], list[nn.Module | None]]:
-        # `module.to(...)` and `parameter.data = ...` keep the parameter and change what is in it. The old memory is kept
-        # alive by the plan, so that what is new is elsewhere.
-        addresses = list(map(Tensor.data_ptr, self._locals))
-        children = list(chain.from_iterable(map(dict.values, self._children)))
-        return addresses, list(map(len, self._folders)), children
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor (a `DTensor`, as FSDP2 makes them); any other as it is."""
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local.detach()
-
-
 def _memory(tensor: Tensor) -> object:
     """The same for tensors that are one, be it under several objects."""
     local = getattr(tensor, "_local_tensor", tensor)
     return (local.data_ptr(), local.dtype, local.shape, local.stride()) if local.data_ptr() else id(tensor)
 
 
+def _sharded_differently(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the tensors of which this process has another part in the average than in the model."""
+    parts = [{name: local_part(each) for name, each in state.items()} for state in (averages, weights)]
+    found = [name for names in differences(*parts, dtypes=None).values() for name in names]
+    return {"sharded_differently": found} if found else {}
+
+
 def _buffer_names(model: nn.Module) -> set[str]:
     return {plain_name(name) for name, _ in model.named_buffers(remove_duplicate=False)}
-
-
-def _difference(averages: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """What keeps two states from matching, in words; empty when they match."""
-    problems = {
-        "only in the average": sorted(averages.keys() - weights.keys()),
-        "only in the model": sorted(weights.keys() - averages.keys()),
-        "of another shape": [
-            f"{name} {list(weights[name].shape)}, averaged as {list(average.shape)}"
-            for name, average in averages.items()
-            if name in weights and weights[name].shape != average.shape
-        ],
-        "sharded otherwise": [
-            f"{name} {list(_local(weights[name]).shape)}, averaged as {list(_local(average).shape)}"
-            for name, average in averages.items()
-            if name in weights
-            and weights[name].shape == average.shape
-            and _local(weights[name]).shape != _local(average).shape
-        ],
-    }
-    return "; ".join(
-        f"{what}: {', '.join(names[:5])}{' ...' if names[5:] else ''}" for what, names in problems.items() if names
-    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -8,8 +8,6 @@ idea is that of EDM2 (arXiv 2312.02696, section 3), here for any schedules and i
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -18,13 +16,9 @@ import torch
 from torch import Tensor
 
 from emaswap.averaging.model_ema import ModelEMA
-from emaswap.averaging.schedule import Schedule, from_description, span_decay
-from emaswap.errors import BadVersion, EmaError, Missing
-from emaswap.files.tensor_file import Blob
-from emaswap.store import Store, open_store
-from emaswap.store.versions import tensors_key
-from emaswap.tensors import plain_name
-from emaswap.versions.manifest import EmaInfo, Manifest
+from emaswap.averaging.schedule import Schedule, span_decay
+from emaswap.errors import EmaError
+from emaswap.tensors import differences, in_words, plain_name
 
 Array = npt.NDArray[np.float64]
 State = Mapping[str, Tensor]
@@ -149,42 +143,6 @@ def synthesize(
     return total.state()
 
 
-def snapshots_of(store: Store | str | Path, *, profile: str | None = None, since: int = 1) -> list[Snapshot]:
-    """The published averages of a store, oldest first; their weights are read when they are combined.
-
-    Args:
-        store: a store, or the location of one.
-        profile: the published profile to take, instead of the average itself.
-        since: the first version to take: with a store that has seen several training runs, that of the last one.
-
-    Versions that were pruned or cannot be read are passed over; so are those that a resumed training went back before.
-    Raises `EmaError` when there is none, or when one's schedule is of a class of your own.
-    """
-    store = store if isinstance(store, Store) else open_store(store)
-    found: list[Snapshot] = []
-    profiles: set[str] = set()
-    for version in reversed([version for version in store.versions() if version >= since]):
-        try:
-            manifest = store.manifest(version)
-        except (BadVersion, Missing):
-            continue
-        profiles |= manifest.variants.keys()
-        if profile is not None:
-            if profile not in manifest.variants:
-                continue
-            manifest = manifest.of_variant(profile)
-        blob = Blob(manifest.weights.digest, manifest.weights.size)
-        is_average = manifest.ema.schedule != "none"
-        is_before = not found or manifest.ema.updates < found[-1].updates
-        if is_average and is_before and store.stamp(tensors_key("weights", blob.digest)) is not None:
-            found.append(_published(manifest, partial(_read, store, blob)))
-    if not found:
-        of = "a ModelEMA" if profile is None else f"a ModelEMA with the profile {profile!r}"
-        there = f"; its profiles: {', '.join(sorted(profiles)) or 'none'}" if profile is not None else ""
-        raise EmaError(f"expected versions published from {of}, but {store.location} has none{there}")
-    return found[::-1]
-
-
 def _profiles(columns: Sequence[tuple[Schedule, int]], update_every: int) -> Iterator[tuple[Array, Array]]:
     """Profiles side by side, a column each, in parts from the last update that is taken in to the first, then the start.
 
@@ -265,10 +223,10 @@ class _Sum:
         if self._first is None:
             self._first = snapshot
             self._like = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        if problem := _difference(self._like, tensors):
+        if found := differences(self._like, tensors):
             raise EmaError(
                 f"expected snapshots of one model, but that after {snapshot.updates} updates is not like that after "
-                f"{self._first.updates}: {problem}"
+                f"{self._first.updates}: {in_words(found)}"
             )
         for name, tensor in tensors.items():
             is_number = tensor.is_floating_point() or tensor.is_complex()
@@ -284,35 +242,3 @@ class _Sum:
             name: self._sums[name].to(like.dtype) if name in self._sums else self._copies[name]
             for name, like in self._like.items()
         }
-
-
-def _difference(expected: State, found: State) -> str:
-    """What keeps two states from being combined, in words; empty when nothing does."""
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape or dtype": [
-            f"{name} {list(tensor.shape)} {tensor.dtype}, expected {list(expected[name].shape)} {expected[name].dtype}"
-            for name, tensor in found.items()
-            if name in expected and (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype)
-        ],
-    }
-    return "; ".join(
-        f"{what}: {', '.join(names[:5])}{' ...' if names[5:] else ''}" for what, names in problems.items() if names
-    )
-
-
-def _published(manifest: Manifest, tensors: Callable[[], State]) -> Snapshot:
-    """The snapshot that a manifest describes."""
-    facts = set(EmaInfo.model_fields) - {"schedule", "decay"}
-    described = manifest.ema.model_dump(exclude=facts, exclude_none=True)
-    update_every = int(described.pop("update_every", 1))
-    try:
-        schedule = from_description(described)
-    except EmaError as error:
-        raise EmaError(f"version {manifest.version}: {error}") from None
-    return Snapshot(schedule, manifest.ema.updates, tensors, update_every)
-
-
-def _read(store: Store, blob: Blob) -> State:
-    return store.tensors("weights", blob).tensors

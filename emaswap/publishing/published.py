@@ -1,79 +1,65 @@
-"""What was published, as a module again: proven like in a service, for use without one."""
+"""The averages that were published to a store, as snapshots that an average can be synthesised from."""
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from emaswap.errors import BadVersion, Missing, Reason
+from emaswap.averaging.schedule import from_description
+from emaswap.averaging.synthesis import Snapshot, State
+from emaswap.errors import BadVersion, EmaError, Missing
+from emaswap.files.tensor_file import Blob
 from emaswap.store import Store, open_store
-from emaswap.versions import proof
-from emaswap.versions.architecture import TRUSTED_BY_DEFAULT
-from emaswap.versions.manifest import Manifest
-
-log = logging.getLogger(__name__)
+from emaswap.store.versions import tensors_key
+from emaswap.versions.manifest import EmaInfo, Manifest
 
 
-def load(
-    store: Store | str | Path,
-    version: int | None = None,
-    *,
-    trusted: str | Iterable[str] = (),
-    variant: str | None = None,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
-    """Return a published version as a module in eval mode, proven as a service proves it.
+def snapshots_of(store: Store | str | Path, *, profile: str | None = None, since: int = 1) -> list[Snapshot]:
+    """The published averages of a store, oldest first; their weights are read when they are combined.
 
     Args:
-        store: a store, or the path of one.
-        version: its number; by default the newest one that can be proven. Pins are not looked at.
-        trusted: factories to build from besides those of `emaswap.models`: "package.module:factory" or "package.*".
-        variant: the name of a further average to load instead of the main one.
-        device: where the module computes.
+        store: a store, or the location of one.
+        profile: the published profile to take, instead of the average itself.
+        since: the first version to take: with a store that has seen several training runs, that of the last one.
 
-    Raises:
-        Missing: there is no such version, or none at all.
-        BadVersion: the version, or the newest of several that are all bad, is not what it claims to be.
-        StoreError: the store could not be read just now.
+    Versions that were pruned or cannot be read are passed over; so are those that a resumed training went back before.
+    Raises `EmaError` when there is none, or when one's schedule is of a class of your own.
     """
-    found = store if isinstance(store, Store) else open_store(store)
-    trusts = (*TRUSTED_BY_DEFAULT, *([trusted] if isinstance(trusted, str) else trusted))
-    if version is not None:
-        return _proven(found, version, trusts, variant, torch.device(device))
-    newest_is_bad: BadVersion | None = None
-    for number in reversed(found.versions()):
+    store = store if isinstance(store, Store) else open_store(store)
+    found: list[Snapshot] = []
+    profiles: set[str] = set()
+    for version in reversed([version for version in store.versions() if version >= since]):
         try:
-            return _proven(found, number, trusts, variant, torch.device(device))
-        except Missing:
-            continue  # pruned meanwhile
-        except BadVersion as error:
-            log.warning("version %d in %s is passed over: %s", number, found.location, error)
-            newest_is_bad = newest_is_bad or error
-    raise newest_is_bad or Missing(f"there is no version in {found.location}")
-
-
-def _proven(
-    store: Store, version: int, trusted: tuple[str, ...], variant: str | None, device: torch.device
-) -> nn.Module:
-    whole = store.manifest(version)
-    _check_term(store, whole)
-    manifest = whole.of_variant(variant)
-    fetched = proof.fetch(store, manifest)
-    module = proof.verify(manifest, fetched, trusted=trusted, device=device)
-    proof.replay(manifest, fetched, module, device=device)
-    return module
-
-
-def _check_term(store: Store, manifest: Manifest) -> None:
-    """Raise `BadVersion` for a version behind one of a higher term: its publisher had been replaced."""
-    for version in reversed(store.versions()):
-        if version < manifest.version:
-            try:
-                before = store.manifest(version).term
-            except (BadVersion, Missing):
+            manifest = store.manifest(version)
+        except (BadVersion, Missing):
+            continue
+        profiles |= manifest.variants.keys()
+        if profile is not None:
+            if profile not in manifest.variants:
                 continue
-            if before > manifest.term:
-                raise BadVersion(Reason.STALE_TERM, f"term {manifest.term} is below term {before} of version {version}")
-            return
+            manifest = manifest.of_variant(profile)
+        blob = Blob(manifest.weights.digest, manifest.weights.size)
+        is_average = manifest.ema.schedule != "none"
+        is_before = not found or manifest.ema.updates < found[-1].updates
+        if is_average and is_before and store.stamp(tensors_key("weights", blob.digest)) is not None:
+            found.append(_published(manifest, partial(_read, store, blob)))
+    if not found:
+        of = "a ModelEMA" if profile is None else f"a ModelEMA with the profile {profile!r}"
+        there = f"; its profiles: {', '.join(sorted(profiles)) or 'none'}" if profile is not None else ""
+        raise EmaError(f"expected versions published from {of}, but {store.location} has none{there}")
+    return found[::-1]
+
+
+def _published(manifest: Manifest, tensors: Callable[[], State]) -> Snapshot:
+    """The snapshot that a manifest describes."""
+    facts = set(EmaInfo.model_fields) - {"schedule", "decay"}
+    described = manifest.ema.model_dump(exclude=facts, exclude_none=True)
+    update_every = int(described.pop("update_every", 1))
+    try:
+        schedule = from_description(described)
+    except EmaError as error:
+        raise EmaError(f"version {manifest.version}: {error}") from None
+    return Snapshot(schedule, manifest.ema.updates, tensors, update_every)
+
+
+def _read(store: Store, blob: Blob) -> State:
+    return store.tensors("weights", blob).tensors

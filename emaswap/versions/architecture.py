@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
-from emaswap.tensors import dtype_name, named_tensors
+from emaswap.tensors import differences, dtype_name, in_words, named_tensors
 
 TRUSTED_BY_DEFAULT = ("emaswap.models.*",)
 
@@ -207,23 +207,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if wider := [tensors[name].dtype for name in common if own[name].dtype in _NARROW and tensors[name].dtype in _WIDE]:
         widen(module, max(wider, key=lambda dtype: dtype.itemsize))
         own = named_tensors(module)
-    problems = {
-        Reason.MISSING_TENSOR: sorted(own.keys() - tensors.keys()),
-        Reason.UNEXPECTED_TENSOR: sorted(tensors.keys() - own.keys()),
-        Reason.WRONG_SHAPE: [
-            f"{name} (expected {list(own[name].shape)}, got {list(tensors[name].shape)})"
-            for name in sorted(common)
-            if own[name].shape != tensors[name].shape
-        ],
-        Reason.WRONG_DTYPE: [
-            f"{name} (expected {dtype_name(own[name].dtype)}, got {dtype_name(tensors[name].dtype)})"
-            for name in sorted(common)
-            if not _holds(own[name].dtype, tensors[name].dtype)
-        ],
-    }
-    if found := {reason: names for reason, names in problems.items() if names}:
-        detail = "; ".join(f"{reason.replace('_', ' ')}: {_few(names)}" for reason, names in found.items())
-        raise BadVersion(next(iter(found)), detail)
+    if found := differences(own, tensors, dtypes=_holds):
+        raise BadVersion(Reason(next(iter(found))), in_words(found))
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -240,7 +225,3 @@ def _holds(own: torch.dtype, given: torch.dtype) -> bool:
 
 
 _WIDE, _NARROW = (torch.float32, torch.float64), (torch.float16, torch.bfloat16)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")

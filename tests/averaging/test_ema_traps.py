@@ -2,18 +2,18 @@
 
 | reported | test |
 | --- | --- |
-| integer `num_batches_tracked` truncated or crashing | test_ema.py: integer buffers are copied, not blended |
-| `_orig_mod.` and `module.` skip every parameter | test_ema.py: wrappers are seen through, a compiled submodule |
+| integer `num_batches_tracked` truncated or crashing | test_model_ema.py: integer buffers are copied, not blended |
+| `_orig_mod.` and `module.` skip every parameter | test_model_ema.py: wrappers are seen through, a compiled submodule |
 | deepcopy fails on weight_norm and parametrizations | a factory makes ..., a parametrized model is copied ... |
 | a NaN in one step poisons the average for ever | values that are not finite |
-| the counter is lost on resume | test_ema.py: an average that goes on does not start its ramp over |
+| the counter is lost on resume | test_model_ema.py: an average that goes on does not start its ramp over |
 | a step for each micro-batch, or where GradScaler left it out | what counts as an update |
 | resuming from the average instead of the raw weights | the raw weights and the average go on each from its own |
 | inference tensors that later updates cannot modify | inference mode |
 | host syncs from counters on the GPU | no update waits for a device, counters are plain numbers |
-| parameters replaced by `.to()` | test_ema.py: tensors replaced after the first update; a layer that is exchanged |
+| parameters replaced by `.to()` | test_model_ema.py: tensors replaced after the first update; a layer that is exchanged |
 | swapping without try/finally | swapping |
-| tied tensors decay twice, or are forgotten | test_ema.py: a tied weight decays once; ties |
+| tied tensors decay twice, or are forgotten | test_model_ema.py: a tied weight decays once; ties |
 """
 
 import copy
@@ -137,7 +137,7 @@ def test_a_factory_need_not_compile_what_the_model_compiles() -> None:
 def test_a_factory_of_another_model_is_an_error() -> None:
     """What it lacks and what has another shape is named, when the average is made."""
     with pytest.raises(
-        EmaError, match=r"only in the model: bias; of another shape: weight \[2, 3\], averaged as \[2, 2\]"
+        EmaError, match=r"unexpected tensor: bias; wrong shape: weight \(expected \[2, 2\], got \[2, 3\]\)"
     ):
         ModelEMA(nn.Linear(3, 2), factory=lambda: nn.Linear(2, 2, bias=False))
 

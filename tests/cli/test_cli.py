@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from emaswap.store.line import Term
 from emaswap.store.versions import tensors_key
 from tests.conftest import Publish
 from tests.forging import FORGERIES, commit
+from tests.programs import run
 
 ALL = ["--trust", "tests.models.*"]
 
@@ -112,8 +111,7 @@ def test_the_store_may_be_named_by_a_variable(
 )
 def test_an_error_is_one_line_and_status_1(tmp_path: Path, arguments: list[str], says: str) -> None:
     """What goes wrong is said without a traceback."""
-    command = [sys.executable, "-m", "emaswap", *arguments]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, text=True)
+    result = run("-m", "emaswap", *arguments, cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("emaswap: ")
     assert says in result.stderr

@@ -4,8 +4,6 @@ import json
 import logging
 import random
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,7 +36,8 @@ from emaswap.tensors import named_tensors
 from emaswap.versions.probe import Probe
 from tests.disk import fill, small_disk
 from tests.models import Everything, Linear, Tokens
-from tests.serving import ROOT, wait_for
+from tests.programs import run
+from tests.serving import wait_for
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 
@@ -253,15 +252,8 @@ for step in range(1, 4):
 )
 def test_the_last_snapshot_is_published_although_nobody_closes(store: DirectoryStore, ending: str, status: int) -> None:
     """An interpreter that exits without close() finishes what it was handed first."""
-    run = subprocess.run(
-        [sys.executable, "-c", _SCRIPT + ending, str(store.root)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert run.returncode == status, run.stderr
+    ended = run("-c", _SCRIPT + ending, str(store.root), timeout=60)
+    assert ended.returncode == status, ended.stderr
     assert store.manifest(store.newest()).training.step == 3
 
 

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,8 @@ from emaswap import (
 from emaswap.store.versions import CURRENT, PIN, manifest_key
 from tests.conftest import Publish
 from tests.disk import fill, small_disk
-from tests.serving import ROOT, wait_for
+from tests.programs import run
+from tests.serving import wait_for
 
 HOUR_S = 3600.0
 
@@ -353,15 +353,11 @@ print(*[version for version in range(1, 101) if store.create(manifest_key(versio
 def test_of_several_processes_exactly_one_creates_a_file(store: DirectoryStore) -> None:
     """Processes that race for the same numbers win each of them once, and hold what they won."""
     names = ["ann", "bob", "eve"]
-    racers = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", _RACER, str(store.root), name], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        for name in names
-    }
-    wait_for(lambda: all((store.root / f"ready-{name}").exists() for name in names), what="all racers ready")
-    (store.root / "go").touch()
-    won = {name: [int(number) for number in racer.communicate(timeout=60)[0].split()] for name, racer in racers.items()}
+    with ThreadPoolExecutor(len(names)) as pool:
+        racers = {name: pool.submit(run, "-c", _RACER, str(store.root), name, timeout=60) for name in names}
+        wait_for(lambda: all((store.root / f"ready-{name}").exists() for name in names), what="all racers ready")
+        (store.root / "go").touch()
+        won = {name: [int(number) for number in racer.result().stdout.split()] for name, racer in racers.items()}
     assert sorted(number for numbers in won.values() for number in numbers) == list(range(1, 101))
     for name, numbers in won.items():
         assert all(store.read(manifest_key(number), 100) == name.encode() for number in numbers)

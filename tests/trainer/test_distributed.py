@@ -17,7 +17,8 @@ import torch
 
 from emaswap import DirectoryStore, EmaswapError, ModelEMA, Publisher
 from emaswap.models.digits import DigitsNet
-from tests.serving import ROOT, wait_for
+from tests.programs import ROOT, run
+from tests.serving import wait_for
 from tests.tasks import Noisy, NoisyNet
 from tests.training import SHORT, STEPS, Trainer, assert_same_end, assert_whole, newest, weights_of
 from trainer.__main__ import main
@@ -50,22 +51,22 @@ def assert_close(found: Path, expected: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "tolerance"),
+    ("flags", "tolerance", "fresh"),
     [
-        (("--task", "digits", "--steps", "5"), 1e-3),
-        (("--task", "tests.hard_tasks:ExactDigits", "--accumulate", "2", "--clip-norm", "0.5"), 1e-9),
+        (("--task", "digits", "--steps", "5"), 1e-3, True),
+        (("--task", "tests.hard_tasks:ExactDigits", "--accumulate", "2", "--clip-norm", "0.5"), 1e-9, False),
     ],
-    ids=["float32", "double, in parts"],
+    ids=["float32, by torchrun itself", "double, in parts"],
 )
 def test_two_ranks_publish_what_one_process_does(
-    tmp_path: Path, in_process: None, flags: tuple[str, ...], tolerance: float
+    tmp_path: Path, in_process: None, flags: tuple[str, ...], tolerance: float, fresh: bool
 ) -> None:
     """Batch norm and all, the same global batches give the same weights, but for the rounding of sums.
 
     In float32 rounding grows where it decides which way a ReLU or a maximum goes; in double precision it does not get
     that far in 20 steps.
     """
-    with Trainer(tmp_path, tmp_path / "two", *DIGITS, *flags, ranks=2) as trainer:
+    with Trainer(tmp_path, tmp_path / "two", *DIGITS, *flags, ranks=2, fresh=fresh) as trainer:
         assert main(["--store", str(tmp_path / "one"), *SHORT, *DIGITS, *flags]) == 0
         assert trainer.ended() == 0, trainer.log
         assert trainer.log.count("published version") == 1
@@ -87,8 +88,8 @@ def test_ranks_understand_one_another(tmp_path: Path) -> None:
 
     What overflows on one is left out by all, and each has random numbers of its own.
     """
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.ranks"]
-    done = subprocess.run([*run, str(tmp_path / "store")], cwd=ROOT, capture_output=True, check=False, text=True)
+    torchrun = ("-m", "tests.torchrun", "--standalone", "--nproc-per-node=2")
+    done = run(*torchrun, "-m", "tests.ranks", str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all is well") == 2
     assert "0 (Own) has its own forward: it normalises each rank's rows separately" in done.stderr

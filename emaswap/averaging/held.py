@@ -1,0 +1,73 @@
+"""The tensors of a module's state, where they hang in it: whether they are still the same, seen at next to no cost."""
+
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from emaswap.tensors import plain_name
+
+
+class Held:
+    """The tensors of a module's state where they hang, so that a look tells whether they are still the same.
+
+    The look is made at every update, beside which it must cost next to nothing: it goes through plain dictionaries,
+    in loops that the interpreter runs in C.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._children: list[dict[str, Any]] = []
+        self._folders: list[dict[str, Any]] = []
+        self._places: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._tensors: list[Tensor] = []
+        self._names: list[str] = []
+        for prefix, child in module.named_modules(remove_duplicate=False):
+            self._children.append(child._modules)
+            self._folders += (child._parameters, child._buffers)
+            # Non-persistent buffers are no state.
+            for held, skipped in ((child._parameters, ()), (child._buffers, child._non_persistent_buffers_set)):
+                for key, tensor in held.items():
+                    if tensor is not None and key not in skipped:
+                        self._places.append(held)
+                        self._keys.append(key)
+                        self._tensors.append(tensor)
+                        self._names.append(f"{prefix}.{key}" if prefix else key)
+        self._locals = [getattr(tensor, "_local_tensor", tensor) for tensor in self._tensors]
+        self._memories = [tensor.detach() for tensor in self._locals]
+        self._seen = self._look()
+
+    def state(self) -> dict[str, Tensor]:
+        """The state under its names, without what `torch.compile` puts into them."""
+        names = (plain_name(name) for name in self._names)
+        return dict(zip(names, self._tensors, strict=True))
+
+    def put_back(self) -> None:
+        """Undo what was exchanged, converted or moved since."""
+        for place, key, tensor, memory in zip(self._places, self._keys, self._tensors, self._memories, strict=True):
+            place[key] = tensor
+            if (tensor.dtype, local_part(tensor).data_ptr()) != (memory.dtype, memory.data_ptr()):
+                tensor.data = memory
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether this is that module's state, and nothing in it was exchanged, converted or moved."""
+        return (
+            module is self._module
+            and all(map(is_, map(dict.get, self._places, self._keys), self._tensors))
+            and self._look() == self._seen
+        )
+
+    def _look(self) -> tuple[list[int], list[int], list[nn.Module | None]]:
+        # `module.to(...)` and `parameter.data = ...` keep the parameter and change what is in it. The old memory is kept
+        # alive by the plan, so that what is new is elsewhere.
+        addresses = list(map(Tensor.data_ptr, self._locals))
+        children = list(chain.from_iterable(map(dict.values, self._children)))
+        return addresses, list(map(len, self._folders)), children
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor (a `DTensor`, as FSDP2 makes them); any other as it is."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local.detach()
