@@ -22,13 +22,15 @@ from emaswap.errors import (
     PublishError,
     ReadOnly,
     Reason,
+    Short,
     StoreError,
     TooLarge,
+    Unreadable,
 )
 from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
 from emaswap.store import DirectoryStore, Store, open_store
-from emaswap.versions.manifest import Architecture, EmaInfo, Manifest, Pin
+from emaswap.versions.manifest import Architecture, EmaInfo, Identity, Manifest, Pin
 from emaswap.versions.signature import Signature, TensorField
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "EmaswapError",
     "ExponentialRamp",
     "Fenced",
+    "Identity",
     "InverseGamma",
     "Manifest",
     "Missing",
@@ -56,12 +59,14 @@ __all__ = [
     "Reason",
     "Scaled",
     "Schedule",
+    "Short",
     "Signature",
     "Snapshot",
     "Store",
     "StoreError",
     "TensorField",
     "TooLarge",
+    "Unreadable",
     "__version__",
     "make_schedule",
     "open_store",

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from emaswap import BadVersion, EmaswapError, Fenced, Missing, ModelEMA, Publisher, PublishError, Store
+from emaswap import EmaswapError, Fenced, ModelEMA, Publisher, PublishError, Store
 from trainer.display import Display
 from trainer.precision import Precision
 from trainer.record import Recorder
@@ -121,10 +121,8 @@ def close_publisher(publisher: Publisher, step: int, display: Display) -> None:
 
 def newest_step(store: Store) -> int:
     """The training step of the newest version, 0 when there is none that can be read."""
-    try:
-        return store.manifest(store.newest()).training.step
-    except (BadVersion, Missing):
-        return 0
+    manifest = store.readable(store.newest())
+    return manifest.training.step if manifest else 0
 
 
 @torch.no_grad()

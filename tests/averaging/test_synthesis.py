@@ -37,7 +37,7 @@ from emaswap import (
     synthesize,
 )
 from emaswap.averaging.synthesis import coefficients, profile_weights, snapshots_of
-from emaswap.store.versions import tensors_key
+from emaswap.store.keys import tensors_key
 from emaswap.versions.architecture import build, fill
 from tests.models import Everything, Linear
 from tests.serving import ROOT
