@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 
-from emaswap import BadVersion, EmaswapError, Missing, Publisher, Store
+from emaswap import EmaswapError, Publisher, Store
 from trainer.display import Display
 from trainer.evaluation import evaluate
 from trainer.record import Recorder
@@ -108,7 +108,5 @@ def open_publisher(settings: TrainerSettings, task: Task, display: Display) -> P
 
 def newest_step(store: Store) -> int:
     """Return the training step of the newest version, or 0 if there is no readable version."""
-    try:
-        return store.manifest(store.newest()).training.step
-    except (BadVersion, Missing):
-        return 0
+    manifest = store.readable(store.newest())
+    return manifest.training.step if manifest else 0
