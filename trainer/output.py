@@ -102,7 +102,6 @@ def open_publisher(settings: TrainerSettings, task: Task, display: Display) -> P
         keep=settings.keep,
         dtype=getattr(torch, settings.publish_dtype) if settings.publish_dtype else None,
         on_publish=display.published,
-        strict=True,
     )
 
 
