@@ -129,9 +129,9 @@ def newest_step(store: Store) -> int:
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, ema: ModelEMA, precision: Precision) -> dict[str, float]:
-    """The task's metrics of the raw weights and of each average: "raw_...", "ema_..." and "ema_<profile>_..."."""
+    """The task's metrics of the raw weights and of each average: "raw_...", "ema_..." and "ema_<variant>_..."."""
     metrics: dict[str, float] = {}
-    averages = {"ema": ema.ema} | {f"ema_{name}": module for name, module in ema.profiles.items()}
+    averages = {"ema": ema.ema} | {f"ema_{name}": module for name, module in ema.variants.items()}
     for kind, module in {"raw": model.eval(), **averages}.items():
         with precision.autocast():
             found: Mapping[str, float] = task.evaluate(module, precision.device)

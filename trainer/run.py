@@ -35,7 +35,7 @@ _IDENTITY = (
     "ema_scale",
     "ema_update_every",
     "ema_buffers",
-    "ema_profile",
+    "ema_variant",
 )
 
 

@@ -83,7 +83,7 @@ class TrainerSettings(CommandSettings):
     ema_buffers: Literal["average", "copy"] = Field(
         "average", description="Whether floating-point buffers (batch norm's statistics) are averaged or copied."
     )
-    ema_profile: CommaSeparated = Field(
+    ema_variant: CommaSeparated = Field(
         (),
         description="Further average to keep, evaluate and publish as a variant: `NAME=SIGMA_REL` of a power function; "
         "may be repeated, or separated by commas.",
@@ -101,7 +101,7 @@ class TrainerSettings(CommandSettings):
         description="Seconds that ranks wait for one another before the run fails; rank 0 evaluates and saves alone.",
     )
 
-    @field_validator("ema_profile")
+    @field_validator("ema_variant")
     @classmethod
     def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
@@ -111,9 +111,9 @@ class TrainerSettings(CommandSettings):
         return value
 
     @property
-    def profiles(self) -> dict[str, float]:
+    def variants(self) -> dict[str, float]:
         """The relative width of each further average, by its name."""
-        return {name: float(width) for name, _, width in (text.partition("=") for text in self.ema_profile)}
+        return {name: float(width) for name, _, width in (text.partition("=") for text in self.ema_variant)}
 
 
 def _is_number(text: str) -> bool:

@@ -127,7 +127,7 @@ class Publisher:
         """Copy the weights and return; they become the next version in the background.
 
         Args:
-            ema: the average (or a plain module) to publish; its profiles become the version's variants.
+            ema: the average (or a plain module) to publish; its variants become the version's.
             step: the optimizer step that training is at.
             metrics: figures to keep with the version, such as raw and EMA accuracy.
             averaged: how a plain module came about, where another library averaged it; a `ModelEMA` tells that itself.

@@ -47,7 +47,7 @@ class Staging:
 
 
 class PrivateCopy:
-    """Copies of an average and of its profiles, used again and again so that taking one costs a copy of the weights."""
+    """Copies of an average and of its variants, used again and again so that taking one costs a copy of the weights."""
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
@@ -61,7 +61,7 @@ class PrivateCopy:
     ) -> None:
         """Copy the weights as they are now; before they are used, `wait`. `averaged`: how a plain module was, if at all."""
         if isinstance(ema, ModelEMA):
-            sources = {MAIN: ema.ema, **ema.profiles}
+            sources = {MAIN: ema.ema, **ema.variants}
             schedules = {MAIN: ema.decay, **ema.schedules}
             self.infos = {name: _info(ema, schedules[name], source) for name, source in sources.items()}
         else:

@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path:
         ("--schedule", "constant"),
         ("--clip-norm", "1"),
         ("--ema-schedule", "constant"),
-        ("--ema-profile", "short=0.05"),
+        ("--ema-variant", "short=0.05"),
         ("--ema-update-every", "2"),
     ],
     ids=" ".join,
@@ -336,9 +336,9 @@ def test_buffers_may_be_copied_instead_of_averaged(tmp_path: Path, in_process: N
 
 
 def test_further_averages_are_evaluated_and_published(tmp_path: Path, in_process: None) -> None:
-    """Each profile has metrics of its own, and is a variant of the version; the main average is what it was."""
+    """Each variant has metrics of its own, and is published with the version; the main average is what it was."""
     assert train_here(tmp_path / "plain") == 0
-    assert train_here(tmp_path / "store", "--ema-profile", "narrow=0.05", "--ema-profile", "wide=0.2, x=0.1") == 0
+    assert train_here(tmp_path / "store", "--ema-variant", "narrow=0.05", "--ema-variant", "wide=0.2, x=0.1") == 0
     manifest = newest(tmp_path / "store")
     assert set(manifest.variants) == {"narrow", "wide", "x"}
     assert {"ema_narrow_accuracy", "ema_wide_accuracy", "ema_x_accuracy"} <= manifest.training.metrics.keys()
@@ -448,9 +448,9 @@ def test_a_task_that_is_not_there_is_an_error(
         ("--ema-update-every", "0"),
         ("--ema-buffers", "drop"),
         ("--ema-schedule", "cosine"),
-        ("--ema-profile", "short"),
-        ("--ema-profile", "=0.1"),
-        ("--ema-profile", "a=b"),
+        ("--ema-variant", "short"),
+        ("--ema-variant", "=0.1"),
+        ("--ema-variant", "a=b"),
         ("--publish-dtype", "float64"),
         ("--precision", "fp8"),
         ("--accumulate", "0"),
