@@ -1,6 +1,6 @@
-"""The demonstration behind `make demo`: a trainer and a service as two processes, and clients that never stop asking.
+"""The demonstration behind `make demo`: a trainer, a service, and clients that send requests all the while.
 
-Takes about a minute, writes to a temporary store only, and ends with 1 if anything went wrong.
+Takes about a minute, writes only to a temporary store, and exits with 1 if anything went wrong.
 """
 
 import json
@@ -30,7 +30,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass
 class Tally:
-    """What the clients saw; guarded by its lock."""
+    """What the clients saw, guarded by a lock."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     answers: Counter[int] = field(default_factory=Counter)
@@ -39,14 +39,14 @@ class Tally:
 
 
 def main() -> int:
-    """Run the demonstration; the exit status."""
+    """Run the demonstration and return the exit status."""
     with tempfile.TemporaryDirectory(prefix="emaswap-demo-") as folder:
         store = Path(folder) / "store"
         console.print(f"store: {store}")
         service = start("service", "--store", store, "--port", 0, "--threads", 1, "--log-format", "json")
         try:
             url = wait_for_url(service)
-            console.print(f"service: {url} (pid {service.pid}), waiting for a first version")
+            console.print(f"service: {url} (pid {service.pid}), waiting for the first version")
             trainer = start(
                 "trainer", "--store", store, "--task", "digits", "--steps", STEPS,
                 "--publish-every", PUBLISH_EVERY, "--seed", 1, "--threads", 1,
@@ -62,24 +62,24 @@ def main() -> int:
         finally:
             end(service)
             if service.returncode:
-                console.print(f"the service ended with {service.returncode}")
+                console.print(f"the service exited with status {service.returncode}")
 
 
 def start(module: str, *arguments: object) -> subprocess.Popen[str]:
-    """A process of this project; its output is read or drained by threads."""
+    """Start a process of this project. The caller must read its output."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def drain(lines: IO[str], kept: list[str]) -> None:
-    """Read a process's output to its end, so that it never waits for a reader; keep the last lines."""
+    """Read a process's output to its end, so that it never blocks on a full pipe; keep the last lines."""
     for line in lines:
         kept.append(line)
         del kept[:-50]
 
 
 def wait_for_url(service: subprocess.Popen[str]) -> str:
-    """The address that the service's log names."""
+    """Return the address that the service logs."""
     assert service.stdout is not None
     for line in service.stdout:
         event: dict[str, Any] = json.loads(line) if line.startswith("{") else {}
@@ -90,7 +90,7 @@ def wait_for_url(service: subprocess.Popen[str]) -> str:
 
 
 def watch(url: str, trainer: subprocess.Popen[str]) -> tuple[Tally, list[dict[str, Any]]]:
-    """Let clients ask for as long as the trainer runs, and print a line for each version that goes live."""
+    """Run clients while the trainer runs, and print a line for each version that goes live."""
     output: list[str] = []
     reader = threading.Thread(target=drain, args=(trainer.stdout, output), daemon=True)
     reader.start()
@@ -123,7 +123,7 @@ def watch(url: str, trainer: subprocess.Popen[str]) -> tuple[Tally, list[dict[st
 
 
 def ask(url: str, first: int, tally: Tally, stop: threading.Event) -> None:
-    """One client: asks about one image after another over one connection, and counts who answered."""
+    """Be one client: send one image after another over one connection, and count which versions answer."""
     images = (load_digits().images / 16).reshape(-1, 1, 8, 8)
     with httpx.Client(base_url=url, timeout=10) as client:
         index = first
@@ -146,7 +146,7 @@ def ask(url: str, first: int, tally: Tally, stop: threading.Event) -> None:
 
 
 def line(live: dict[str, Any], tally: Tally) -> str:
-    """What there is to say when a version goes live."""
+    """Return the line to print when a version goes live."""
     with tally.lock:
         answered, failed = tally.answers.total(), len(tally.failures)
     return (
@@ -158,17 +158,17 @@ def line(live: dict[str, Any], tally: Tally) -> str:
 
 
 def summarise(tally: Tally, lives: list[dict[str, Any]], trainer_status: int | None) -> int:
-    """Print what happened; 0 when all of it is as it should be."""
+    """Print what happened, and return 0 if every promise was kept."""
     first, last = (live["training"]["metrics"]["ema_accuracy"] for live in (lives[0], lives[-1]))
     delays = [live["publish_to_served_s"] for live in lives]
     seconds = sorted(tally.seconds)
-    table = Table("what", "how much", title="\nsummary", title_justify="left")
+    table = Table("measure", "value", title="\nsummary", title_justify="left")
     table.add_row("versions served", f"{len(tally.answers)}")
     table.add_row("requests answered", f"{tally.answers.total()}")
     table.add_row("requests failed", f"{len(tally.failures)}")
     table.add_row("EMA accuracy, first version", f"{first:.4f} (version {lives[0]['version']})")
     table.add_row("EMA accuracy, last version", f"{last:.4f} (version {lives[-1]['version']})")
-    table.add_row("publish to served, median and longest", f"{statistics.median(delays):.3f} s, {max(delays):.3f} s")
+    table.add_row("publish to served, median and maximum", f"{statistics.median(delays):.3f} s, {max(delays):.3f} s")
     table.add_row(
         "latency, median and 99th percentile",
         f"{seconds[len(seconds) // 2] * 1000:.1f} ms, {seconds[len(seconds) * 99 // 100] * 1000:.1f} ms",
@@ -180,12 +180,12 @@ def summarise(tally: Tally, lives: list[dict[str, Any]], trainer_status: int | N
         f"at least {MIN_VERSIONS} versions were served": len(tally.answers) >= MIN_VERSIONS,
         "no request failed": not tally.failures,
         f"the last version's EMA accuracy is at least {MIN_ACCURACY}": last >= MIN_ACCURACY,
-        "the trainer ended with 0": trainer_status == 0,
+        "the trainer exited with status 0": trainer_status == 0,
     }
     for promise in [promise for promise, kept in held.items() if not kept]:
-        console.print(f"NOT SO: {promise}")
+        console.print(f"BROKEN PROMISE: {promise}")
     console.print(
-        "\nTo run the two for good, in two terminals and in either order:\n"
+        "\nTo keep both running, start them in two terminals, in either order:\n"
         "  .venv/bin/python -m service --store store --port 8000\n"
         "  .venv/bin/python -m trainer --store store --task digits --steps 20000 --publish-every 200 --resume run"
     )
@@ -193,7 +193,7 @@ def summarise(tally: Tally, lives: list[dict[str, Any]], trainer_status: int | N
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Ask a process to end, if it has not, and wait for it."""
+    """Ask a process to end if it is still running, and wait for it."""
     if process.poll() is None:
         process.terminate()
     process.wait(60)

@@ -29,7 +29,7 @@ def measure() -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="emaswap-bench-") as folder:
         store = Path(folder) / "store"
         publisher = Publisher(
-            store, model="heavy", architecture=Architecture.of(Heavy), probe=torch.tensor(_ROWS), keep=2, grace_s=0
+            store, name="heavy", architecture=Architecture.of(Heavy), probe=torch.tensor(_ROWS), keep=2, grace_s=0
         )
         publisher.publish(module)
         publisher.flush()

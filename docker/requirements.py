@@ -1,4 +1,4 @@
-"""Prints the requirements of the library, or of one of its extras, from pyproject.toml in the working directory."""
+"""Print the requirements of the library, or of one of its extras, from pyproject.toml in the working directory."""
 
 import sys
 import tomllib

@@ -11,8 +11,9 @@ import uvicorn
 
 from emaswap import EmaswapError
 from service import logs
+from service.parts import Service
 from service.settings import ServiceSettings
-from service.web.app import Service, create_app
+from service.web.app import create_app
 
 log = structlog.get_logger("emaswap.service")
 

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import time
+from collections.abc import Callable
 from typing import Literal
 
 import structlog
@@ -33,3 +35,23 @@ def configure(form: Literal["auto", "json", "text"]) -> None:
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
+
+
+class Seldom:
+    """Lets one line through in each period, for events that clients can cause as often as they like."""
+
+    def __init__(self, period_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._period_s = period_s
+        self._clock = clock
+        self._next_at = float("-inf")
+        self._skipped = 0
+
+    def skipped(self) -> int | None:
+        """Return `None` when the line is to be left out, else how many were left out since the last one."""
+        now = self._clock()
+        if now < self._next_at:
+            self._skipped += 1
+            return None
+        self._next_at = now + self._period_s
+        skipped, self._skipped = self._skipped, 0
+        return skipped

@@ -1,42 +1,54 @@
-"""What the service refuses, and the HTTP status of each refusal: the one table of them."""
+"""What the service refuses: a code for each kind of refusal, and the words that go with it. Knows no HTTP."""
 
-from collections.abc import Mapping
+from enum import StrEnum
 
-STATUS = {
-    "invalid_header": 400,
-    "invalid_json": 400,
-    "unauthorized": 401,
-    "admin_is_off": 403,
-    "unknown_version": 404,
-    "body_timeout": 408,
-    "store_is_read_only": 409,
-    "version_was_rejected": 409,
-    "version_too_old": 412,
-    "body_too_large": 413,
-    "too_many_rows": 413,
-    "unsupported_media_type": 415,
-    "invalid_request": 422,
-    "invalid_inputs": 422,
-    "wrong_dtype": 422,
-    "wrong_shape": 422,
-    "not_finite": 422,
-    "model_refused": 422,
-    "queue_is_full": 429,
-    "no_live_version": 503,
-    "store_unreachable": 503,
-}
+MAX_DETAIL = 2000
+"""The most characters of a detail. A client or a model may have put megabytes into one."""
+
+
+class Code(StrEnum):
+    """The kinds of refusals, as clients see them."""
+
+    INVALID_HEADER = "invalid_header"
+    INVALID_JSON = "invalid_json"
+    UNAUTHORIZED = "unauthorized"
+    ADMIN_IS_OFF = "admin_is_off"
+    NOT_FOUND = "not_found"
+    UNKNOWN_VERSION = "unknown_version"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    BODY_TIMEOUT = "body_timeout"
+    STORE_IS_READ_ONLY = "store_is_read_only"
+    VERSION_WAS_REJECTED = "version_was_rejected"
+    VERSION_TOO_OLD = "version_too_old"
+    BODY_TOO_LARGE = "body_too_large"
+    TOO_MANY_ROWS = "too_many_rows"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    INVALID_REQUEST = "invalid_request"
+    INVALID_INPUTS = "invalid_inputs"
+    WRONG_DTYPE = "wrong_dtype"
+    WRONG_SHAPE = "wrong_shape"
+    NOT_FINITE = "not_finite"
+    MODEL_REFUSED = "model_refused"
+    QUEUE_IS_FULL = "queue_is_full"
+    FORWARD_TIMEOUT = "forward_timeout"
+    NO_LIVE_VERSION = "no_live_version"
+    OUT_OF_MEMORY = "out_of_memory"
+    STORE_UNREACHABLE = "store_unreachable"
+    VERSION_CHANGED = "version_changed"
 
 
 class Refusal(Exception):
-    """A request that is not carried out: a code from the table, and what was expected, what came, what to do."""
+    """A request that is not carried out: its code, and what was expected, what came, what to do."""
 
-    def __init__(self, code: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(f"{code}: {detail}")
+    def __init__(self, code: Code, detail: str) -> None:
         self.code = code
-        self.detail = detail
-        self.status = STATUS[code]
-        self.headers = dict(headers or {})
-        if self.status in (429, 503):
-            self.headers.setdefault("Retry-After", "1")
-        if self.status == 401:
-            self.headers.setdefault("WWW-Authenticate", "Bearer")
+        self.detail = shorten(detail)
+        super().__init__(f"{code}: {self.detail}")
+
+
+def shorten(text: str) -> str:
+    """Return a text with its middle left out where it is longer than a detail may be."""
+    if len(text) <= MAX_DETAIL:
+        return text
+    half = MAX_DETAIL // 2 - 50
+    return f"{text[:half]} [{len(text) - 2 * half} characters left out] {text[-half:]}"

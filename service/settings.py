@@ -34,6 +34,15 @@ class ServiceSettings(CommandSettings):
     poll_s: float = Field(
         1.0, gt=0, le=3600, description="Seconds between looks at the store; notifications only make it quicker."
     )
+    load_timeout_s: float = Field(
+        300.0, gt=0, le=86400, description="Seconds that loading a version may take; then it is given up."
+    )
+    max_model_bytes: int | None = Field(
+        None, ge=1, description="Largest weights file to load; without it, what this process has memory for."
+    )
+    forward_timeout_s: float = Field(
+        30.0, gt=0, le=86400, description="Seconds that a forward pass may take; then 503, and its version is given up."
+    )
     max_body_bytes: int = Field(8 << 20, ge=1, description="Largest request body; a larger one is answered 413.")
     max_batch_rows: int = Field(512, ge=1, description="Most rows of one request, and of one batch of requests.")
     max_waiting: int = Field(1024, ge=1, description="Requests that may wait for the model; more are answered 429.")

@@ -41,7 +41,7 @@ def publish(store: DirectoryStore) -> Iterator[Publish]:
             rows = torch.linspace(-1, 1, 12).view(4, 3) if isinstance(module, Linear) else torch.ones(2, 1)
             publishers[name] = Publisher(
                 store,
-                model="test",
+                name="test",
                 architecture=Architecture.of(type(module)),
                 signature=signature,
                 probe=rows,

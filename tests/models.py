@@ -82,3 +82,39 @@ class Slow(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         time.sleep(self.seconds)
         return rows * self.weight
+
+
+class EveryDtype(nn.Module):
+    """Hands back a row of each dtype that there is, under its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(
+        self,
+        float64: Tensor,
+        float32: Tensor,
+        float16: Tensor,
+        bfloat16: Tensor,
+        int64: Tensor,
+        int32: Tensor,
+        int16: Tensor,
+        int8: Tensor,
+        uint8: Tensor,
+        boolean: Tensor,
+    ) -> dict[str, Tensor]:
+        floats = {"float64": float64, "float32": float32, "float16": float16, "bfloat16": bfloat16}
+        whole = {"int64": int64, "int32": int32, "int16": int16, "int8": int8, "uint8": uint8}
+        return {f"{name}_out": tensor for name, tensor in (floats | whole | {"boolean": boolean}).items()}
+
+
+class Same(nn.Module):
+    """Hands back its rows, whatever they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows.clone()

@@ -21,7 +21,7 @@ def publish(location: str, versions: int) -> None:
 
     with Publisher(
         location,
-        model="everywhere",
+        name="everywhere",
         architecture=Architecture.of(Everywhere),
         probe=torch.zeros(1, 2),
         keep=3,

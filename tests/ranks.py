@@ -79,7 +79,7 @@ def check_messages(ranks: Ranks) -> None:
     assert not ranks.any(flag=False)
     assert ranks.mean(torch.tensor(float(ranks.rank))) == (ranks.size - 1) / 2
     ranks.agree(5, "five")
-    with pytest.raises(EmaswapError, match="do not agree on the rank: it is 0 on one, and 1 on another"):
+    with pytest.raises(EmaswapError, match="do not agree on the rank: one has 0, another 1"):
         ranks.agree(ranks.rank, "the rank")
 
 

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +12,16 @@ from typing import Any, Self, TypeVar
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from service.__main__ import Server
+from service.parts import Service
 from service.settings import ServiceSettings
-from service.web.app import Service, create_app
+from service.web.app import create_app
+from tests.programs import ROOT, Program, interpreter
 
-ROOT = Path(__file__).parent.parent
+__all__ = ["ADMIN", "ROOT", "TRUST", "Served", "ServiceProcess", "serve", "wait_for"]
+
 TRUST = ("tests.models.*",)
 ADMIN = {"Authorization": "Bearer correct horse"}
 
@@ -39,16 +42,22 @@ def wait_for(condition: Callable[[], Result], *, timeout_s: float = 30.0, what: 
 class Served:
     """A running service as its clients see it."""
 
-    def __init__(self, url: str, service: Service | None = None) -> None:
+    def __init__(self, url: str, app: FastAPI | None = None) -> None:
         self.url = url
         self.client = httpx.Client(base_url=url, timeout=30)
-        self._service = service
+        self._app = app
+
+    @property
+    def app(self) -> FastAPI:
+        """The application of a service that runs in this process."""
+        assert self._app is not None
+        return self._app
 
     @property
     def service(self) -> Service:
         """The parts of a service that runs in this process."""
-        assert self._service is not None
-        return self._service
+        service: Service = self.app.state.service
+        return service
 
     def predict(self, inputs: Any, **headers: str) -> httpx.Response:
         """POST /predict."""
@@ -95,7 +104,7 @@ def serve(**settings: Any) -> Iterator[Served]:
     try:
         wait_for(lambda: server.started, what="the service's start")
         port = server.servers[0].sockets[0].getsockname()[1]
-        served = Served(f"http://127.0.0.1:{port}", app.state.service)
+        served = Served(f"http://127.0.0.1:{port}", app)
         with served.client:
             yield served
     finally:
@@ -105,14 +114,16 @@ def serve(**settings: Any) -> Iterator[Served]:
 
 
 class ServiceProcess(Served):
-    """`python -m service` as a process of its own; its log lines are at hand."""
+    """`python -m service` as a process of its own; its log lines are at hand.
 
-    def __init__(self, store: Path, *flags: str, port: int = 0, wait: bool = True) -> None:
-        command = [sys.executable, "-m", "service", "--store", str(store), "--port", str(port), "--log-format", "json"]
+    It is forked from the nursery, unless it is to be `fresh`: started as people start it.
+    """
+
+    def __init__(self, store: Path, *flags: str, port: int = 0, wait: bool = True, fresh: bool = False) -> None:
+        command = ["-m", "service", "--store", str(store), "--port", str(port), "--log-format", "json"]
         trust = [flag for pattern in TRUST for flag in ("--trust", pattern)]
-        self.process = subprocess.Popen(
-            [*command, *trust, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        start = interpreter if fresh else Program
+        self.process = start(*command, *trust, *flags, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +12,13 @@ from prometheus_client.metrics_core import Metric
 from pydantic_settings import BaseSettings
 
 from emaswap import DirectoryStore, Reason, __version__
-from service.metrics import Metrics
-from service.refusal import STATUS
-from service.serving.slot import Slot
+from service.parts import Service
+from service.refusal import Code
 from service.settings import ServiceSettings
 from service.web.app import create_app
+from service.web.refused import STATUS
 from tests.models import Net
-from tests.serving import ROOT
+from tests.programs import ROOT, run
 from trainer.settings import TrainerSettings
 
 README = (ROOT / "README.md").read_text()
@@ -54,7 +53,7 @@ def test_every_setting_is_listed(settings: type[BaseSettings], heading: str) -> 
 
 
 def _metrics() -> Iterator[Metric]:
-    yield from Metrics(Slot()).registry.collect()
+    yield from Service(ServiceSettings(store="nowhere")).registry.collect()
 
 
 def test_every_metric_is_listed() -> None:
@@ -76,7 +75,7 @@ def test_every_reason_is_listed() -> None:
 def test_every_error_is_listed() -> None:
     """docs/http.md has each error code with its status."""
     assert [row[:2] for row in _table("docs/http.md", "## Errors")] == [
-        [str(status), f"`{code}`"] for code, status in STATUS.items()
+        [str(STATUS[code]), f"`{code}`"] for code in Code
     ]
 
 
@@ -139,11 +138,7 @@ def test_the_changelog_has_this_release() -> None:
 @pytest.mark.parametrize("module", ["trainer", "service"])
 def test_help_is_there_and_a_wrong_flag_is_named(module: str) -> None:
     """`--help` ends with 0 and names the store; a value out of range ends with 2 and names its flag."""
-    command = [sys.executable, "-m", module]
-    help_text = subprocess.run([*command, "--help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "--store" in help_text
-    wrong = subprocess.run(
-        [*command, "--store", "x", "--threads", "-1"], cwd=ROOT, capture_output=True, check=False, text=True
-    )
+    assert "--store" in run("-m", module, "--help", check=True).stdout
+    wrong = run("-m", module, "--store", "x", "--threads", "-1")
     assert wrong.returncode == 2
     assert "--threads" in wrong.stderr

@@ -20,7 +20,8 @@ import torch
 from emaswap import Architecture, DirectoryStore, Fenced, ModelEMA, Publisher
 from emaswap.versions import proof
 from tests.models import Everything, Everywhere, Linear, Slow
-from tests.serving import ADMIN, ROOT, ServiceProcess, wait_for
+from tests.programs import ROOT, Program, run
+from tests.serving import ADMIN, ServiceProcess, wait_for
 
 CLIENTS = 16
 
@@ -64,22 +65,14 @@ class Client:
 def test_no_answer_fails_or_mixes_versions_while_versions_race_by(tmp_path: Path, versions: int) -> None:
     """Under 16 clients, versions as fast as the store takes them: each answer is whole, and made by whom it names."""
     store = tmp_path / "store"
-    first = subprocess.run(
-        [sys.executable, "-m", "tests.publisher_process", str(store), "1"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    publishing = ("-m", "tests.publisher_process", str(store))
+    first = run(*publishing, "1", check=True)
     with ServiceProcess(store) as service:
         stop = threading.Event()
         clients = [Client(service.url, stop) for _ in range(CLIENTS)]
         for client in clients:
             client.thread.start()
-        rest = subprocess.run(
-            [sys.executable, "-m", "tests.publisher_process", str(store), str(versions - 1)],
-            cwd=ROOT, check=True, capture_output=True, text=True,
-        )  # fmt: skip
+        rest = run(*publishing, str(versions - 1), check=True)
         service.wait_until_live(versions)
         answered = sum(client.answers for client in clients)
         wait_for(lambda: sum(client.answers for client in clients) > answered + CLIENTS, what="answers by the last")
@@ -103,39 +96,29 @@ def test_a_publisher_killed_at_any_instant_leaves_the_store_whole(tmp_path: Path
     """After each of 200 kills the newest version is proven right, and the next publisher goes on behind it."""
     store = DirectoryStore(tmp_path / "store")
     store.prepare()
-    nursery = subprocess.Popen(
-        [sys.executable, "-m", "tests.nursery", str(store.root)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert nursery.stdin is not None
-    assert nursery.stdout is not None
     randomly = random.Random(1)
     terms: set[int] = set()
     newest, cut_short = 0, 0
-    with nursery:
+    with Path(os.devnull).open("w") as nowhere:
         for _ in range(200):
-            print(file=nursery.stdin, flush=True)
-            pid = int(nursery.stdout.readline())
+            publishing = Program("-m", "tests.publisher_process", str(store.root), str(10**6), stdout=nowhere)
             time.sleep(randomly.uniform(0, 0.15))
-            os.kill(pid, signal.SIGKILL)
+            publishing.kill()
+            assert publishing.wait() == -signal.SIGKILL
             versions = store.versions()
             assert max(versions, default=0) >= newest
             newest = max(versions, default=0)
-            cut_short += bool(store.names("tmp"))
-            for name in store.names("tmp"):
-                store.delete(f"tmp/{name}")
+            cut_short += bool(store.files.entries("tmp"))
+            for name in store.files.entries("tmp"):
+                store.files.delete(f"tmp/{name}")
             if not newest:
                 continue
             manifest = store.manifest(newest)
-            fetched = proof.fetch(store, manifest)
+            fetched = store.fetch(manifest)
             module = proof.verify(manifest, fetched, trusted=["tests.models.*"], device=torch.device("cpu"))
-            proof.replay(manifest, fetched, module, device=torch.device("cpu"))
+            proof.replay(manifest, fetched.probe, module, device=torch.device("cpu"))
             assert manifest.term >= max(terms, default=0)
             terms.add(manifest.term)
-        nursery.stdin.close()
     print(f"{newest} versions in {len(terms)} terms; {cut_short} kills left a file half-written")
     assert len(terms) > 20
     assert cut_short > 5
@@ -147,7 +130,7 @@ def test_of_two_publishers_at_once_the_older_stops(tmp_path: Path) -> None:
     probe = torch.zeros(1, 2)
 
     def publisher() -> Publisher:
-        return Publisher(location, model="everywhere", architecture=Architecture.of(Everywhere), probe=probe, keep=99)
+        return Publisher(location, name="everywhere", architecture=Architecture.of(Everywhere), probe=probe, keep=99)
 
     older = publisher()
     older.publish(Everywhere(value=1))
@@ -176,7 +159,7 @@ def test_the_served_model_is_the_ema_to_the_last_bit(tmp_path: Path) -> None:
     rows = torch.randn(5, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Publisher(
-        tmp_path / "store", model="everything", architecture=Architecture.of(Everything), probe=rows[:2]
+        tmp_path / "store", name="everything", architecture=Architecture.of(Everything), probe=rows[:2]
     ) as publisher:
         for _ in range(20):
             model.train()
@@ -197,7 +180,7 @@ def test_trainer_and_service_work_as_two_commands_in_either_order(tmp_path: Path
     """A service started before the store exists follows the trainer; one started afterwards serves what is there."""
     store = tmp_path / "store"
     trainer = [sys.executable, "-m", "trainer", "--store", str(store), "--task", "digits", "--seed", "1"]
-    with ServiceProcess(store, wait=False) as early:
+    with ServiceProcess(store, wait=False, fresh=True) as early:
         not_ready = early.client.get("/readyz")
         assert not_ready.status_code == 503
         assert "does not exist" in not_ready.json()["reason"]
@@ -218,7 +201,7 @@ def test_trainer_and_service_work_as_two_commands_in_either_order(tmp_path: Path
 def publisher(tmp_path: Path) -> Iterator[Publisher]:
     """A publisher of `Linear` modules to tmp_path/store."""
     rows = torch.linspace(-1, 1, 12).view(4, 3)
-    with Publisher(tmp_path / "store", model="test", architecture=Architecture.of(Linear), probe=rows) as publisher:
+    with Publisher(tmp_path / "store", name="test", architecture=Architecture.of(Linear), probe=rows) as publisher:
         yield publisher
 
 
@@ -261,7 +244,7 @@ def test_sigterm_lets_requests_finish_and_ends_with_0(tmp_path: Path) -> None:
     """After SIGTERM the service is not ready at once, answers what it has taken, and ends with 0."""
     rows = torch.zeros(1, 2)
     with Publisher(
-        tmp_path / "store", model="slow", architecture=Architecture.of(Slow, seconds=0.8), probe=rows
+        tmp_path / "store", name="slow", architecture=Architecture.of(Slow, seconds=0.8), probe=rows
     ) as publisher:
         publisher.publish(Slow(seconds=0.8))
     with ServiceProcess(tmp_path / "store", "--drain-s", "0.4") as service:

@@ -139,13 +139,13 @@ def test_an_image_has_no_build_tools_and_tells_no_secret(project: Project, servi
 
 
 def test_the_training_process_comes_back_where_it_was(project: Project) -> None:
-    """SIGKILL of the trainer in its container: it is started again, and training goes on at a step it had reached."""
+    """SIGKILL of the trainer in its container: it is started again, and training continues at a step it had reached."""
     before = live()
     project.kill_process("trainer")
-    wait_for(lambda: "going on at step" in project.compose("logs", "trainer"), timeout_s=60, what="a resumed run")
+    wait_for(lambda: "resuming at step" in project.compose("logs", "trainer"), timeout_s=60, what="a resumed run")
     wait_for(lambda: live() > before + 1, timeout_s=60, what="newer versions")
     version = get("/model/version").json()
-    resumed = int(re.findall(r"going on at step (\d+)", project.compose("logs", "trainer"))[-1])
+    resumed = int(re.findall(r"resuming at step (\d+)", project.compose("logs", "trainer"))[-1])
     assert 0 < resumed < version["step"]
     assert version["term"] == 2
 

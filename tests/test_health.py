@@ -131,13 +131,13 @@ def touch(path: Path, ago_s: float) -> None:
 
 def test_a_trainer_whose_heartbeat_has_no_name_is_not_healthy() -> None:
     """Without EMASWAP_HEARTBEAT there is nothing to look at, and that is what it says."""
-    expected = (1, "EMASWAP_HEARTBEAT does not name the file that the trainer touches at each step")
+    expected = (1, "EMASWAP_HEARTBEAT is not set: expected the file that the trainer touches at each step")
     assert health("trainer") == health("trainer", EMASWAP_HEARTBEAT="") == expected
 
 
 def test_a_trainer_before_its_first_step_is_not_healthy(tmp_path: Path) -> None:
     """As long as the file is missing, no step has been made."""
-    assert health("trainer", EMASWAP_HEARTBEAT=str(tmp_path / "none")) == (1, "no step has been made yet")
+    assert health("trainer", EMASWAP_HEARTBEAT=str(tmp_path / "none")) == (1, "the trainer has not made a step yet")
 
 
 def test_a_trainer_that_makes_steps_is_healthy(heartbeat: Path) -> None:
@@ -177,4 +177,4 @@ def test_an_age_that_is_no_number_is_named(heartbeat: Path) -> None:
 def test_a_heartbeat_that_cannot_be_looked_at_is_named(heartbeat: Path) -> None:
     """A path through what is no folder is 1, and not taken for a trainer before its first step."""
     path = heartbeat / "heartbeat"
-    assert health("trainer", EMASWAP_HEARTBEAT=str(path)) == (1, f"cannot look at {path}: Not a directory")
+    assert health("trainer", EMASWAP_HEARTBEAT=str(path)) == (1, f"cannot read the age of {path}: Not a directory")

@@ -164,7 +164,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     with (
         serve(store=str(store.root), poll_s=0.05) as served,
         watch(served.url, folder) as prometheus,
-        Publisher(store, model="test", architecture=Architecture.of(Linear), probe=torch.ones(2, 3)) as publisher,
+        Publisher(store, name="test", architecture=Architecture.of(Linear), probe=torch.ones(2, 3)) as publisher,
     ):
         yield Watched(served, publisher, prometheus)
 

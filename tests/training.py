@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -12,8 +11,8 @@ from typing import Self
 from torch import Tensor
 
 from emaswap import DirectoryStore, Manifest
-from emaswap.files.tensor_file import Blob
-from tests.serving import ROOT, wait_for
+from tests.programs import Program, interpreter
+from tests.serving import wait_for
 from tests.tasks import GATES
 
 STEPS = 60
@@ -24,26 +23,34 @@ SHORT = ("--steps", str(STEPS), "--publish-every", "20", "--threads", "1", "--se
 class Trainer:
     """`python -m trainer` as a process of its own, or as many ranks, that a test can hold at the beginning of some steps.
 
-    It trains `Noisy`, unless the flags say otherwise.
+    It trains `Noisy`, unless the flags say otherwise. Ranks are torchrun's, which forks them unless they are to be
+    `fresh`: started as people start them.
     """
 
-    def __init__(self, folder: Path, store: Path, *flags: str, hold_at: Sequence[int] = (), ranks: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: Path,
+        *flags: str,
+        hold_at: Sequence[int] = (),
+        ranks: int = 0,
+        fresh: bool = False,
+    ) -> None:
         self.gates = folder / "gates"
         self.gates.mkdir(exist_ok=True)
+        for path in self.gates.glob("pid-of-rank.*"):
+            path.unlink()
         for step in hold_at:
             (self.gates / str(step)).touch()
         self._log = folder / "trainer.log"
-        run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks else ()
+        torchrun = "torch.distributed.run" if fresh else "tests.torchrun"
+        run = ("-m", torchrun, "--standalone", f"--nproc-per-node={ranks}") if ranks else ()
         where = ("--device", "cpu") if ranks else ()  # there may be fewer devices than ranks
-        command = [sys.executable, *run, "-m", "trainer", "--store", str(store), *NOISY, *SHORT, *where, *flags]
+        command = [*run, "-m", "trainer", "--store", str(store), *NOISY, *SHORT, *where, *flags]
+        environment = os.environ | {GATES: str(self.gates), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        start = interpreter if fresh else Program
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | {GATES: str(self.gates), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            self.process = start(*command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     @property
     def log(self) -> str:
@@ -62,13 +69,8 @@ class Trainer:
         (self.gates / str(step)).unlink()
 
     def ranks(self) -> dict[int, int]:
-        """The process of each rank that torchrun has started."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        found: dict[int, int] = {}
-        for pid in map(int, children):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            found |= {int(each[5:]): pid for each in variables if each.startswith(b"RANK=")}
-        return found
+        """The process of each rank that has been forked."""
+        return {int(path.suffix[1:]): int(path.read_text()) for path in self.gates.glob("pid-of-rank.*")}
 
     def ended(self) -> int:
         """The exit status. Where it does not end, it is asked where it is, for the log."""
@@ -104,8 +106,8 @@ def assert_whole(store: Path) -> None:
     assert versions == list(range(1, len(versions) + 1))
     for version in versions:
         manifest = opened.manifest(version)
-        opened.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size))
-        opened.tensors("probes", Blob(manifest.probe.digest, manifest.probe.size))
+        opened.tensors("weights", manifest.weights)
+        opened.tensors("probes", manifest.probe)
 
 
 def assert_same_end(store: Path, other: Path) -> None:
@@ -121,4 +123,4 @@ def assert_same_end(store: Path, other: Path) -> None:
 def weights_of(store: Path) -> dict[str, Tensor]:
     """The newest version's weights."""
     opened, manifest = DirectoryStore(store), newest(store)
-    return dict(opened.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size)).tensors)
+    return dict(opened.tensors("weights", manifest.weights).tensors)

@@ -1,1 +1,1 @@
-"""The training application: it trains with `ModelEMA` and writes versions to a store."""
+"""The training application: trains with `ModelEMA` and publishes versions to a store."""

@@ -1,4 +1,4 @@
-"""`python -m trainer`: train and publish until done, or until told to stop."""
+"""`python -m trainer`: train and publish until done or told to stop."""
 
 import logging
 import signal
@@ -15,7 +15,7 @@ from trainer.tasks import find_task
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the trainer with command-line arguments; the exit status."""
+    """Run the trainer with command-line arguments and return the exit status."""
     settings = TrainerSettings.read(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stop_on_signals(stop: threading.Event) -> None:
-    """SIGTERM and Ctrl-C end the run after its step; the second one ends it at once."""
+    """Have SIGTERM and Ctrl-C end the run after its current step; a second one ends it at once."""
 
     def handle(number: int, _: FrameType | None) -> None:
         stop.set()

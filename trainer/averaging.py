@@ -1,11 +1,11 @@
-"""The average that the settings ask for."""
+"""Makes the average that the settings ask for."""
 
 from torch import nn
 
 from emaswap import ModelEMA, PowerFunction, Schedule, make_schedule
 from trainer.settings import TrainerSettings
 
-# Which settings each schedule is made of.
+# The parameters of each schedule that are settings.
 _PARAMETERS = {
     "constant": ("decay",),
     "exponential_ramp": ("decay", "tau"),
@@ -16,7 +16,7 @@ _PARAMETERS = {
 
 
 def average_of(model: nn.Module, settings: TrainerSettings) -> ModelEMA:
-    """The average of a model's weights, started at its present ones. Raises `EmaError` for a width that is none."""
+    """Return an average that starts at the model's present weights. Raises `EmaError` for an impossible width."""
     return ModelEMA(
         model,
         schedule_of(settings),
@@ -27,7 +27,7 @@ def average_of(model: nn.Module, settings: TrainerSettings) -> ModelEMA:
 
 
 def schedule_of(settings: TrainerSettings) -> Schedule:
-    """The decay's schedule; scaled to the size of the batch, where that is not the one it was chosen for."""
+    """Return the schedule of the decay, scaled if the batch size is not the one the decay was chosen for."""
     names = _PARAMETERS[settings.ema_schedule]
     parameters = {name: getattr(settings, f"ema_{name}") for name in names}
     if settings.ema_scale != 1:

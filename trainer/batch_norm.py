@@ -1,4 +1,4 @@
-"""Batch norm over the rows of all ranks, so that a batch may be shared out without changing what is learned."""
+"""Batch norm over the rows of all ranks, so that splitting a batch over ranks does not change what is learned."""
 
 import logging
 from typing import Any
@@ -11,26 +11,28 @@ log = logging.getLogger(__name__)
 
 
 def synchronise(model: nn.Module) -> None:
-    """Have every batch norm of a model use the statistics of all ranks' rows when it trains, from now on.
+    """Make every batch norm of a model train on the statistics of all ranks' rows, from now on.
 
-    The layers stay where they are, with their parameters, buffers and names; only their class is another. On CUDA it is
-    torch's own. A layer with a `forward` of its own is left alone, with a warning: torch's SyncBatchNorm would drop what
-    it does besides.
+    Only the class of each layer changes: the layer keeps its place, name, parameters and buffers. On CUDA the class is
+    torch's own. A subclass with its own `forward` is left alone, with a warning, because torch's SyncBatchNorm would
+    drop what that `forward` adds.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, _BatchNorm) or isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm)):
             continue
         if type(layer).forward is not _BatchNorm.forward:
-            log.warning("%s (%s) normalises each rank's rows by themselves", name, type(layer).__name__)
+            log.warning(
+                "%s (%s) has its own forward: it normalises each rank's rows separately", name, type(layer).__name__
+            )
         elif any(tensor.is_cuda for tensor in (*layer.parameters(), *layer.buffers())):
             layer.__class__ = nn.SyncBatchNorm
-            vars(layer)["process_group"] = None  # the default one
+            vars(layer)["process_group"] = None  # the default group
         else:
             layer.__class__ = SyncBatchNorm
 
 
 class SyncBatchNorm(_BatchNorm):
-    """What `nn.SyncBatchNorm` is on CUDA, for any device and number of dimensions: (N, C, ...) to the same."""
+    """What `nn.SyncBatchNorm` is on CUDA, for any device and number of dimensions: (N, C, ...) to the same shape."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
         return self._synchronised(input) if self.training else super().forward(input)
@@ -44,7 +46,7 @@ class SyncBatchNorm(_BatchNorm):
         dims = [0, *range(2, rows.dim())]
         across = (1, -1, *[1] * (rows.dim() - 2))
         own = values.new_full((1,), values.numel() / values.shape[1])
-        # Two passes, as E[x²] − E[x]² would cancel.
+        # Two passes, since E[x²] − E[x]² suffers from cancellation.
         totals = _over_ranks(torch.cat([values.sum(dims), own]))
         mean, count = totals[:-1] / totals[-1], totals[-1]
         centred = values - mean.view(across)
@@ -66,7 +68,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of all ranks' tensors. Each rank's loss depends on it, so its gradient is the sum of theirs."""
+    """The sum of all ranks' tensors. Every rank's loss depends on the sum, so its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ARG004

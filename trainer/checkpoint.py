@@ -1,7 +1,7 @@
-"""Training checkpoints: everything a run needs to go on bit-exactly, in one file, without pickle.
+"""Training checkpoints: everything a run needs to resume bit-exactly, in one file, without pickle.
 
-A damaged checkpoint is noticed by its digest, and the one before it taken instead. (A version in a store is another
-thing: it has the averaged weights alone.)
+The digest shows when a checkpoint is damaged, and the previous one is used instead. (A version in a store is something
+else: it holds only the averaged weights.)
 """
 
 import logging
@@ -22,9 +22,9 @@ _KEEP = 2
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint atomically, and let go of all but the newest two.
+    """Write a checkpoint atomically, and delete all but the newest two.
 
-    Raises `EmaswapError` when the state holds what cannot be saved, or the folder cannot be written.
+    Raises `EmaswapError` when the state holds a value that cannot be saved, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,9 +40,9 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def load(folder: Path) -> State | None:
-    """The newest checkpoint that is whole, `None` where there is none.
+    """Return the newest intact checkpoint, or `None` if there are no checkpoints.
 
-    Raises `EmaswapError` when there are some and all are damaged: starting over in silence would lose the run.
+    Raises `EmaswapError` when all checkpoints are damaged: to start over silently would lose the run.
     """
     found = _found(folder)
     for path in found:
@@ -51,11 +51,11 @@ def load(folder: Path) -> State | None:
         except BadVersion as error:
             log.warning("skipping the damaged checkpoint %s: %s", path, error)
     if found:
-        raise EmaswapError(f"no checkpoint in {folder} is whole; remove them to start over")
+        raise EmaswapError(f"all checkpoints in {folder} are damaged; remove them to start over")
     return None
 
 
 def _found(folder: Path) -> list[Path]:
-    """Checkpoints, those of later steps first, and of one step the newest."""
+    """Return the checkpoints, latest step first, and for one step the newest file first."""
     steps = [(int(match[1]), path) for stem, path in state_file.saved(folder) if (match := _STEM.fullmatch(stem))]
     return [path for _, path in sorted(steps, key=lambda each: each[0], reverse=True)]

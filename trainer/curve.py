@@ -1,4 +1,4 @@
-"""Curves of accuracy: raw and averaged weights over the steps of a run, and what several runs say together."""
+"""Accuracy curves of raw and averaged weights over the steps of a run, and a summary of several runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 @dataclass(frozen=True)
 class Curve:
-    """The accuracies of one run, of its raw and of its averaged weights, at each of `steps`."""
+    """The accuracies of one run at each of `steps`, of its raw and its averaged weights."""
 
     seed: int
     steps: tuple[int, ...]
@@ -15,7 +15,7 @@ class Curve:
     ema: tuple[float, ...]
 
     def half(self, *, second: bool) -> "Curve":
-        """The evaluations in the first or in the second half of the steps; the second half is never empty."""
+        """Return the evaluations of the first or the second half of the steps; the second half is never empty."""
         at = [index for index, step in enumerate(self.steps) if (2 * step > self.steps[-1]) is second]
         return Curve(
             self.seed,
@@ -26,7 +26,7 @@ class Curve:
 
     @property
     def gain(self) -> float:
-        """By how much the averaged weights are better, in the mean over all evaluations."""
+        """How much better the averaged weights are, on average over all evaluations."""
         return fmean(self.ema) - fmean(self.raw)
 
 
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def table(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
-    """A row of `COLUMNS` for each run, and one for the mean ± standard deviation over them."""
+    """Return a row of `COLUMNS` for each run, and one with the mean ± standard deviation over the runs."""
     figures = [
         (fmean(it.raw), fmean(it.ema), it.gain, min(it.raw), min(it.ema), it.raw[-1], it.ema[-1]) for it in curves
     ]
@@ -62,7 +62,7 @@ def table(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
 
 
 def reading(curves: Sequence[Curve]) -> str:
-    """What the curves say, in words, whichever way they turn out."""
+    """Return what the curves say in words, however they turn out."""
     early, late = ([curve.half(second=second) for curve in curves] for second in (False, True))
     better = sum(curve.gain > 0 for curve in late)
     steadier = sum(min(curve.ema) > min(curve.raw) for curve in late)
@@ -86,6 +86,6 @@ def _counts(curves: Sequence[Curve]) -> str:
 
 
 def _compared(curves: Sequence[Curve]) -> tuple[int, int, int]:
-    """In how many evaluations the averaged weights were better, equal, and worse."""
+    """Count the evaluations in which the averaged weights were better, equal, and worse."""
     pairs = [pair for curve in curves for pair in zip(curve.ema, curve.raw, strict=True)]
     return sum(e > r for e, r in pairs), sum(e == r for e, r in pairs), sum(e < r for e, r in pairs)

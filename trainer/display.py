@@ -1,6 +1,6 @@
-"""What a person sees of a training run: a progress bar with the latest figures, and a line for each event.
+"""Display: what a person sees of a training run, a progress bar with the latest metrics and a line for each event.
 
-Without a terminal the bar is left out and the lines remain.
+Without a terminal there is no bar, only the lines.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from emaswap import Manifest
 
 
 class Display:
-    """Progress of one run; a context manager."""
+    """The progress of one run; a context manager."""
 
     def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False) -> None:
-        """Of a run of so many steps, or without end (0). A `quiet` one shows nothing: one rank speaks for all."""
+        """Display a run of `steps` steps, or without end (0). A `quiet` display shows nothing, for all ranks but one."""
         self._progress = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -41,22 +41,22 @@ class Display:
         self._progress.stop()
 
     def step(self, step: int) -> None:
-        """The number of steps done."""
+        """Show the number of steps made."""
         self._progress.update(self._bar, completed=step)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """The newest smoothed training loss, and raw and EMA accuracy."""
+        """Show the newest smoothed training loss, and the raw and EMA accuracy."""
         loss, raw, ema = (_figure(metrics.get(name)) for name in ("train_loss", "raw_accuracy", "ema_accuracy"))
         self._progress.update(self._bar, loss=loss, raw=raw, ema=ema)
 
     def published(self, manifest: Manifest) -> None:
-        """A version is in the store. Called on the publisher's thread."""
+        """Announce a version that is in the store. Called on the publisher's thread."""
         self._progress.update(self._bar, version=manifest.version)
         raw, ema = (_figure(manifest.training.metrics.get(name)) for name in ("raw_accuracy", "ema_accuracy"))
         self.say(f"published version {manifest.version}  step {manifest.training.step}  accuracy {raw} raw, {ema} EMA")
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self._progress.console.print(line, markup=False)
 
 

@@ -1,4 +1,4 @@
-"""A file of scalars that TensorBoard shows."""
+"""Event files: scalars in the format that TensorBoard reads."""
 
 import os
 import socket
@@ -10,24 +10,24 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
-# tensorboardX' own writer hands events to a thread, and a full disk ends that thread: after a few events more, the next
-# one would wait for ever. So its formats are used here, and the writing is done by whoever wants to know of a failure.
+# tensorboardX's own writer hands events to a thread. A full disk ends that thread, and a few events later the caller
+# blocks forever. So this module uses only its formats, and the caller writes the bytes and sees every failure.
 
 
 def file_name() -> str:
-    """A name that TensorBoard looks for, and that comes after those of earlier files: it reads them in that order."""
+    """Return a file name that TensorBoard recognises and that sorts after earlier files, since it reads them in order."""
     return f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
 
 
 def start(step: int) -> bytes:
-    """What comes before the scalars of `step` and later steps. Those that the folder already has are no longer shown."""
+    """Return the records to write before the scalars of `step`. They hide those the folder already has from `step` on."""
     version = Event(wall_time=time.time(), file_version="brain.Event:2")
     session = Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
     return _record(version) + _record(session)
 
 
 def scalars(step: int, wall_time: float, metrics: Mapping[str, float]) -> bytes:
-    """The scalars of a step; `wall_time` in seconds since the epoch."""
+    """Return the record of a step's scalars; `wall_time` is in seconds since the epoch."""
     event = Event(wall_time=wall_time, step=step)
     for name, value in metrics.items():
         event.summary.value.extend(scalar(name, value).value)
@@ -35,7 +35,7 @@ def scalars(step: int, wall_time: float, metrics: Mapping[str, float]) -> bytes:
 
 
 def _record(event: Event) -> bytes:
-    """An event framed as TFRecord: length, its checksum, data, its checksum."""
+    """Frame an event as a TFRecord: length, checksum of the length, data, checksum of the data."""
     data: bytes = event.SerializeToString()
     length = struct.pack("<Q", len(data))
     return b"".join((length, _checksum(length), data, _checksum(data)))

@@ -1,4 +1,4 @@
-"""`python -m trainer.health`: 0 when the last training step is not long ago. For health checks; imports next to nothing."""
+"""`python -m trainer.health`: exit with 0 if the last training step is recent. A health check that imports next to nothing."""
 
 import os
 import sys
@@ -9,10 +9,10 @@ _MAX_AGE_S = 60.0
 
 
 def main() -> int:
-    """Look at the age of the file that EMASWAP_HEARTBEAT names; 0 below EMASWAP_HEARTBEAT_MAX_AGE_S, 60 by default."""
+    """Return 0 if the file EMASWAP_HEARTBEAT is at most EMASWAP_HEARTBEAT_MAX_AGE_S (60 by default) old, otherwise 1."""
     heartbeat = os.environ.get("EMASWAP_HEARTBEAT")
     if not heartbeat:
-        print("EMASWAP_HEARTBEAT does not name the file that the trainer touches at each step")
+        print("EMASWAP_HEARTBEAT is not set: expected the file that the trainer touches at each step")
         return 1
     limit = os.environ.get("EMASWAP_HEARTBEAT_MAX_AGE_S", _MAX_AGE_S)
     try:
@@ -23,10 +23,10 @@ def main() -> int:
     try:
         age_s = time.time() - Path(heartbeat).stat().st_mtime
     except FileNotFoundError:
-        print("no step has been made yet")
+        print("the trainer has not made a step yet")
         return 1
     except OSError as error:
-        print(f"cannot look at {heartbeat}: {error.strerror}")
+        print(f"cannot read the age of {heartbeat}: {error.strerror}")
         return 1
     print(f"the last step was {age_s:.1f} s ago")
     return 0 if age_s <= max_age_s else 1

@@ -1,4 +1,4 @@
-"""Learner: takes a model one batch further. Knows gradients, and nothing of averages, stores or what is displayed."""
+"""Learner: improves a model by one batch. Knows gradients, but no averages, stores or displays."""
 
 import contextlib
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from trainer.tasks import Batch, Task
 
 
 class Learner:
-    """AdamW with its learning rate, loss scaling, clipping, and gradients over ranks and micro-batches."""
+    """AdamW with its learning rate, loss scaling, clipping, and gradients summed over ranks and micro-batches."""
 
     def __init__(self, settings: TrainerSettings, task: Task, model: nn.Module, ranks: Ranks) -> None:
-        """Train `model`, which is on the ranks' device; its parameters and buffers stay the very tensors they are."""
+        """Train `model`, which is on the ranks' device. Its parameters and buffers remain the same tensor objects."""
         self.precision = Precision.of(settings.precision, ranks.device)
         self.grad_norm: Tensor | None = None
-        """The norm of the last gradient before it was clipped, where it is clipped."""
+        """The norm of the last gradient before clipping; `None` without clipping."""
         self._task, self._ranks = task, ranks
         self._accumulate, self._clip_norm = settings.accumulate, settings.clip_norm
         self._wrapped = ranks.wrap(model)
@@ -33,7 +33,7 @@ class Learner:
             model.parameters(),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            # Fused, it would leave out what overflowed by itself, and nobody could tell that it did.
+            # A fused AdamW skips overflowed steps internally, so we could not tell that a step was skipped.
             fused=ranks.device.type == "cuda" and self.precision.name != "fp16",
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _factor(settings))
@@ -48,17 +48,17 @@ class Learner:
 
     @property
     def scale(self) -> float:
-        """What the loss is multiplied by before its gradients are taken; 1, but for fp16."""
+        """The factor of the loss when gradients are computed: 1 except in fp16."""
         return float(self._scaler.get_scale())
 
     def backward(self, batch: Batch) -> Tensor:
-        """The gradients of a global batch's mean loss, on every rank; returns that loss, a scalar without history."""
+        """Compute the gradients of a global batch's mean loss on every rank; return that loss, a detached scalar."""
         self._wrapped.train()
         self._optimizer.zero_grad()
         parts = self._ranks.share(batch, self._accumulate)
         total = torch.zeros((), device=self._ranks.device)
         for left, part in zip(reversed(range(len(parts))), parts, strict=True):
-            # The ranks need one another's gradients once, when the last part's have been added.
+            # Ranks exchange gradients once, after the last micro-batch.
             with self._alone() if left else contextlib.nullcontext():
                 loss = self._loss(part) / len(parts)
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ class Learner:
         return self._ranks.mean(total)
 
     def step(self) -> bool:
-        """Change the weights by the gradients. False: they overflowed in fp16, and weights and learning rate stay."""
+        """Update the weights by the gradients. Return False, and change nothing, if the gradients overflowed in fp16."""
         if self._clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             self.grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
@@ -78,11 +78,11 @@ class Learner:
         return self._stepped
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the optimizer, the learning rate and the loss scale: see `load_state_dict`."""
+        """Return the states of the optimizer, the learning rate and the loss scale."""
         return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
 
@@ -105,7 +105,7 @@ class Learner:
 
 
 def _factor(settings: TrainerSettings) -> partial[float]:
-    if settings.schedule == "constant":
+    if settings.lr_schedule == "constant":
         return partial(warmup_and_constant, warmup=settings.warmup_steps)
     return partial(
         warmup_and_cosine,

@@ -1,12 +1,12 @@
-"""How the learning rate goes with the number of optimizer steps: factors of its peak, as pure functions."""
+"""The learning rate as a function of the optimizer step, given as a factor of its peak."""
 
 import math
 
 
 def warmup_and_cosine(step: int, *, warmup: int, steps: int, final: float = 0.0) -> float:
-    """Rising linearly over `warmup` steps, then falling as a half cosine to `final`, which is reached after `steps`.
+    """Rise linearly over `warmup` steps, then fall along a half cosine to `final`, reached after `steps` steps.
 
-    Without an end (`steps` 0) it stays at its peak.
+    Without an end (`steps` 0) the factor stays at 1.
     """
     if step < warmup or not steps:
         return warmup_and_constant(step, warmup=warmup)
@@ -15,5 +15,5 @@ def warmup_and_cosine(step: int, *, warmup: int, steps: int, final: float = 0.0)
 
 
 def warmup_and_constant(step: int, *, warmup: int) -> float:
-    """Rising linearly over `warmup` steps to stay there."""
+    """Rise linearly over `warmup` steps to 1, and stay there."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0

@@ -1,4 +1,4 @@
-"""Pictures of accuracy over optimizer steps. matplotlib is imported when the first one is drawn, and no window is opened."""
+"""Plots of accuracy over optimizer steps. Imports matplotlib only when it draws, and opens no window."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _RAW, _EMA = "tab:orange", "tab:blue"
 
 
 def plot_accuracy(path: Path, steps: Sequence[int], raw: Sequence[float], ema: Sequence[float]) -> None:
-    """One run: the accuracy of the raw and of the averaged weights at each of `steps`, as a PNG file."""
+    """Plot one run to a PNG file: the accuracy of the raw and the averaged weights at each of `steps`."""
     with _axes(path, "Accuracy on held-out data, one run") as axes:
         marker = "." if len(steps) < 100 else ""
         axes.plot(steps, raw, color=_RAW, linewidth=1, marker=marker, label="raw weights")
@@ -27,7 +27,7 @@ def plot_accuracy(path: Path, steps: Sequence[int], raw: Sequence[float], ema: S
 def plot_bands(
     path: Path, title: str, steps: Sequence[int], raw: Sequence[Sequence[float]], ema: Sequence[Sequence[float]]
 ) -> None:
-    """Several runs, (runs, steps) each: their mean, and the band from the lowest to the highest, as a PNG file."""
+    """Plot several runs, (runs, steps) each, to a PNG file: their mean, and the band from lowest to highest."""
     with _axes(path, title) as axes:
         for label, runs, color in (("raw weights", raw, _RAW), ("EMA weights", ema, _EMA)):
             curves = np.array(runs)
@@ -38,9 +38,9 @@ def plot_bands(
 
 @contextmanager
 def _axes(path: Path, title: str) -> Iterator["Axes"]:
-    """Axes to draw on; the file is written at the end."""
-    # A figure that is not pyplot's draws with Agg, belongs to nobody else, and needs no display.
-    from matplotlib.figure import Figure  # noqa: PLC0415  (half a second that a run without a picture need not wait)
+    """Yield axes to draw on, and write the file at the end."""
+    # A figure made without pyplot draws with Agg, shares no global state, and needs no display.
+    from matplotlib.figure import Figure  # noqa: PLC0415  (importing it takes half a second)
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -53,7 +53,7 @@ def _axes(path: Path, title: str) -> Iterator["Axes"]:
 
 
 def _look_at(axes: "Axes", curves: Sequence[Sequence[float]]) -> None:
-    """Choose the range of accuracy in which the curves run after their steep beginning."""
+    """Limit the axis to the range of the curves after their steep beginning."""
     late = np.array([curve[len(curve) // 10 :] for curve in curves])
     if not np.isfinite(late).any():
         return

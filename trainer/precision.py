@@ -1,4 +1,4 @@
-"""In which numbers training computes: autocast, loss scaling, TF32, and whether each run gives the same bits."""
+"""Numerical precision of training: autocast, loss scaling, TF32 and deterministic algorithms."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """What autocast computes in on a device: "fp32" (without it), "bf16" or "fp16"."""
+    """The precision of autocast on a device: "fp32" (no autocast), "bf16" or "fp16"."""
 
     name: str
     device: torch.device
 
     @classmethod
     def of(cls, name: str, device: torch.device) -> Self:
-        """The precision that "auto" or a name means: bf16 on CUDA where the device computes in it, fp32 on the CPU."""
+        """Return the precision that a name or "auto" means: bf16 on CUDA if the device supports it, fp32 on the CPU."""
         if name != "auto":
             return cls(name, device)
         if device.type != "cuda":
@@ -28,27 +28,27 @@ class Precision:
         return cls("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", device)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """The context for a forward pass."""
+        """Return the context for a forward pass."""
         if self.name == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, _AUTOCAST[self.name])
 
     def scaler(self) -> GradScaler:
-        """What keeps small gradients of fp16 from vanishing, and leaves out steps whose gradients overflow."""
+        """Return a scaler that keeps small fp16 gradients from vanishing, and skips steps whose gradients overflow."""
         return GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def set_float32(device: torch.device, *, tf32: bool) -> None:
-    """Whether a CUDA device rounds float32 to TF32 in matrix products and convolutions."""
+    """Set whether a CUDA device rounds float32 to TF32 in matrix products and convolutions."""
     if device.type != "cuda":
-        return  # some processors would round, too
+        return  # some CPUs would round as well
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    # Not the newer `fp32_precision`: torch itself reads this flag, and refuses to where only convolutions have the other.
+    # Not the newer `fp32_precision`: torch itself reads this flag, and raises if only convolutions use the newer one.
     torch.backends.cudnn.allow_tf32 = tf32
 
 
 def set_deterministic() -> None:
-    """Allow only algorithms that give the same bits each time. Call it before CUDA starts, which reads a variable."""
+    """Allow only deterministic algorithms. Call this before CUDA starts, since CUDA reads an environment variable then."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""The record of a run: its figures over optimizer steps, for people, for programs and for TensorBoard."""
+"""Recorder: writes a run's metrics over optimizer steps for people, for programs and for TensorBoard."""
 
 import json
 import logging
@@ -22,21 +22,20 @@ _PICTURE = "accuracy.png"
 class Recorder:
     """Writes what a run measures to a folder; a context manager.
 
-    - `metrics.jsonl`: one object a line, with `step`, `wall_time` (seconds since the epoch) and the metrics by name. Steps
-      rise from line to line. A metric that is not finite is `null`, since JSON has no NaN.
+    - `metrics.jsonl`: one object per line, with `step`, `wall_time` (seconds since the epoch) and the metrics by name.
+      Steps increase from line to line. A metric that is not finite is `null`, since JSON has no NaN.
     - `events.out.tfevents.*`: the same scalars for TensorBoard.
-    - `accuracy.png`: raw against EMA accuracy over the whole file, drawn at the end.
+    - `accuracy.png`: raw and EMA accuracy over the whole file, drawn at the end.
 
-    A run that goes on in the folder of an earlier one supersedes what that one recorded of later steps: with its first
-    write, those lines are cut off, and TensorBoard is told to leave those scalars out. So a run from the beginning
-    starts the record anew.
+    A run that resumes in the folder of an earlier one replaces what the earlier one recorded of later steps: its first
+    write cuts those lines off and tells TensorBoard to hide those scalars. So a run from step 0 starts a new record.
     """
 
     def __init__(self, folder: Path | None, step: int | None = None) -> None:
-        """Record to `folder`, or nothing at all where it is `None`. Nothing is touched before the first write.
+        """Record to `folder`, or nowhere if it is `None`. Nothing is touched before the first write.
 
-        `step` is how many steps the run has made so far; without it, what was recorded before the first step written
-        here stays.
+        `step` is how many steps the run has made so far. Without it, everything recorded before the first step written
+        here is kept.
         """
         self._folder = folder
         self._step = step
@@ -44,7 +43,7 @@ class Recorder:
         self._scalars: _Tail | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step. Raises `EmaswapError` when that fails; the next write may work again."""
+        """Record the metrics of a step. Raises `EmaswapError` when that fails; the next write may succeed."""
         if self._folder is None:
             return
         wall_time = time.time()
@@ -58,7 +57,7 @@ class Recorder:
             raise EmaswapError(f"cannot record step {step} in {self._folder}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Draw the picture, where there is something to draw. Raises `EmaswapError` when it cannot be written."""
+        """Draw the picture if there is something to draw. Raises `EmaswapError` when it cannot be written."""
         if self._folder is None or self._lines is None:
             return
         self._lines = self._scalars = None
@@ -66,7 +65,7 @@ class Recorder:
             _draw(self._folder)
         except OSError as error:
             raise EmaswapError(f"cannot draw the record in {self._folder}: {error.strerror or error}") from error
-        except Exception:  # a picture is no reason to fail, whatever matplotlib may raise
+        except Exception:  # whatever matplotlib raises, a picture is no reason to fail
             log.warning("cannot draw the record in %s", self._folder, exc_info=True)
 
     def __enter__(self) -> Self:
@@ -75,14 +74,14 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """As `close`, but a failure is a warning in the log: it must not hide how the block ended."""
+        """Close, and log a failure as a warning, so that it does not hide how the block ended."""
         try:
             self.close()
         except EmaswapError as failure:
             log.warning("%s", failure)
 
     def _opened(self, folder: Path, step: int) -> tuple["_Tail", "_Tail"]:
-        """The file of lines and that of scalars, ready for the records of a step."""
+        """Return the files of lines and of scalars, ready for the records of a step."""
         back = self._step is not None and step <= self._step
         if self._scalars is None:
             self._scalars = _Tail(folder / events.file_name())
@@ -95,13 +94,13 @@ class Recorder:
 
 
 class _Tail:
-    """A file that grows by whole records: what a failed write has left of one is cut off before the next."""
+    """A file that grows by whole records: the remains of a failed write are cut off before the next one."""
 
     def __init__(self, path: Path, size_bytes: int = 0) -> None:
         self._path, self._size_bytes = path, size_bytes
 
     def append(self, record: bytes) -> None:
-        # Opened each time: then no buffer outlives a full disk, and readers see the record at once.
+        # Opened each time, so that no buffer outlives a full disk and readers see the record at once.
         with self._path.open("ab") as file:
             start = min(self._size_bytes, file.tell())
             file.truncate(start)
@@ -110,7 +109,7 @@ class _Tail:
 
 
 def _size_until(path: Path, step: int) -> int:
-    """How many bytes of a file of lines are to stay, so that it ends with that step; none where there is no file."""
+    """Return how many bytes of a file of lines to keep so that it ends with that step; 0 if there is no file."""
     size = 0
     if path.exists():
         with path.open("rb") as file:
@@ -123,7 +122,7 @@ def _size_until(path: Path, step: int) -> int:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, `None` when it is none."""
+    """Return the record in a line, or `None` if the line is not a record."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -132,7 +131,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _draw(folder: Path) -> None:
-    """Draw the accuracies of all lines that have both."""
+    """Draw the accuracies of all lines that have both of them."""
     names = "step", "raw_accuracy", "ema_accuracy"
     with (folder / _LINES).open("rb") as file:
         records = [record for line in file if (record := _parsed(line)) is not None]

@@ -1,4 +1,4 @@
-"""A run: everything that changes while training, saved and restored together."""
+"""Run: everything that changes while training, saved and restored together."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -10,33 +10,13 @@ from trainer import checkpoint
 from trainer.averaging import average_of
 from trainer.distributed import Ranks
 from trainer.learner import Learner
+from trainer.precision import set_float32
+from trainer.randomness import seed_run, seed_step
 from trainer.settings import TrainerSettings
-from trainer.tasks import Batch, Task
+from trainer.tasks import Task
 
-# The displayed loss looks back over about 50 steps.
+# The displayed loss averages over about 50 steps.
 _LOSS_ALPHA = 0.02
-
-# What must be the same for a checkpoint to be of the same run. Where and in how many pieces it is computed need not be.
-_IDENTITY = (
-    "task",
-    "seed",
-    "steps",
-    "batch_size",
-    "learning_rate",
-    "schedule",
-    "final_learning_rate",
-    "weight_decay",
-    "warmup_steps",
-    "clip_norm",
-    "ema_schedule",
-    "ema_decay",
-    "ema_tau",
-    "ema_sigma_rel",
-    "ema_scale",
-    "ema_update_every",
-    "ema_buffers",
-    "ema_variant",
-)
 
 
 class Stateful(Protocol):
@@ -48,63 +28,71 @@ class Stateful(Protocol):
 
 
 class Run:
-    """The step that training is at, and the parts whose states make up a training checkpoint."""
+    """The number of steps made, and the parts whose states make up a training checkpoint."""
 
     def __init__(self, settings: TrainerSettings, task: Task, ranks: Ranks) -> None:
-        """Start a run: fresh weights from the seed, the same on every rank; their average on the leading one alone."""
-        self.step = 0
+        """Start a run with fresh weights from the seed, the same on every rank; the leading rank alone averages them."""
+        set_float32(ranks.device, tf32=settings.tf32)
+        seed_run(settings.seed)
+        self.steps = 0
         self.model = task.build_model().to(ranks.device)
-        # Made of the model before ranks are joined for it, the average stays a plain module. The other ranks can do
-        # without one: all have the same weights after a step, so theirs would be the same average.
+        # Copied before the ranks wrap the model, the average stays a plain module. The other ranks need none: after
+        # each step all ranks have the same weights.
         self.ema = average_of(self.model, settings) if ranks.leads else None
         self.learner = Learner(settings, task, self.model, ranks)
         self.loss_average: EMA[Tensor] = EMA(_LOSS_ALPHA)
-        self._folder = settings.resume
-        self._identity = {name: getattr(settings, name) for name in _IDENTITY}
-        self._identity["precision"] = self.learner.precision.name
-        self._pieces = {"ranks": ranks.size, "accumulate": settings.accumulate}
+        self._settings, self._task, self._ranks = settings, task, ranks
+        self._identity = settings.fixed() | {"precision": self.learner.precision.name}
+        self._pieces = {"ranks": ranks.size, "micro-batches": settings.accumulate}
 
-    def train_on(self, batch: Batch, ranks: Ranks) -> None:
-        """Make a step: gradients, weights, average."""
+    def step(self) -> None:
+        """Make one training step: draw the batch, change the weights by its gradients, and average them."""
+        seed_step(self._settings.seed, self.steps, self._ranks.rank, self._ranks.device)
+        batch = self._task.batch(self.steps, self._settings.batch_size, self._settings.seed)
         loss = self.learner.backward(batch)
         if self.learner.step() and self.ema:
             self.ema.update(self.model)
-        ranks.share_buffers(self.model)
+        self._ranks.share_buffers(self.model)
         self.loss_average.update(loss)
-        self.step += 1
+        self.steps += 1
 
     def save(self) -> None:
-        """Save a checkpoint, where there is a folder for it."""
-        if self._folder is None:
+        """Save a checkpoint if the settings name a folder for it."""
+        if self._settings.resume is None:
             return
         state = {
-            "step": self.step,
+            "step": self.steps,
             "identity": self._identity,
             "pieces": self._pieces,
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
         }
-        checkpoint.save(self._folder, self.step, state)
+        checkpoint.save(self._settings.resume, self.steps, state)
 
     def restore(self) -> str:
-        """Go on from the newest checkpoint; what there is to say of it, nothing where there is none.
+        """Resume from the newest checkpoint and return a message that says so; it is empty if there is no checkpoint.
 
-        Raises `EmaswapError` when it is of another run.
+        Raises `EmaswapError` when the checkpoint belongs to another run.
         """
-        state = checkpoint.load(self._folder) if self._folder is not None else None
+        folder = self._settings.resume
+        state = checkpoint.load(folder) if folder is not None else None
         if state is None:
             return ""
-        if difference := _difference(state["identity"], self._identity):
+        if differing := _differing(state["identity"], self._identity):
+            values = "; ".join(f"its {name} is {theirs}, this run's {ours}" for name, theirs, ours in differing)
             raise EmaswapError(
-                f"the checkpoint in {self._folder} is of another run: {difference}; "
+                f"the checkpoint in {folder} belongs to another run: {values}; "
                 "give the same settings, or another --resume directory"
             )
         for name, part in self._parts.items():
             part.load_state_dict(state["parts"][name])
-        self.step = state["step"]
-        said = f"going on at step {self.step} from {self._folder}"
-        if difference := _difference(state["pieces"], self._pieces):
-            said += f"; not bit by bit as before, since {difference}"
-        return said
+        self.steps = state["step"]
+        message = f"resuming at step {self.steps} from {folder}"
+        if differing := _differing(state["pieces"], self._pieces):
+            used = "; ".join(
+                f"the checkpoint used {theirs} {name}, this run {ours}" for name, theirs, ours in differing
+            )
+            message += f"; results will not be bit-identical: {used}"
+        return message
 
     @property
     def _parts(self) -> dict[str, Stateful]:
@@ -116,7 +104,7 @@ class Run:
         return parts | {"ema": self.ema} if self.ema else parts
 
 
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """What is not the same, in words; empty when all is."""
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    return ", ".join(f"it has {name} {theirs.get(name)}, this one {ours.get(name)}" for name in names)
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, object, object]]:
+    """Return the name and both values of each entry that differs."""
+    names = {**theirs, **ours}
+    return [(name, theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)]

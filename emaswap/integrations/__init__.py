@@ -1,1 +1,1 @@
-"""Callbacks for the training frameworks of others. Each module imports its framework, and nothing else imports it."""
+"""Callbacks for other training frameworks. Each module imports its framework, and no other module does."""

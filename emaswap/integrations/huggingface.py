@@ -1,8 +1,12 @@
-"""Hugging Face: `Trainer(..., callbacks=[EmaswapCallback(...)])` keeps an average of the model and publishes it."""
+"""Hugging Face: `Trainer(..., callbacks=[EmaswapCallback(...)])` averages the model and publishes the average.
+
+The Trainer does not tell its callbacks when an exception ends training. Importing this module wraps `Trainer.train`, so
+that an `EmaswapCallback` is told.
+"""
 
 import logging
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +18,7 @@ from emaswap.integrations import sidecar
 from emaswap.integrations.bridge import Averaging, warn_of
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError(
@@ -25,11 +29,12 @@ log = logging.getLogger(__name__)
 
 
 class EmaswapCallback(Averaging, TrainerCallback):
-    """Averages once an optimizer step, publishes every so many of them and at the end, with the logged metrics.
+    """Averages at every optimizer step, and publishes at intervals and at the end, with the logged metrics.
 
-    The average is saved in a file of its own in each of the Trainer's checkpoints, and goes on exactly from there. To
-    go on from a checkpoint that is not in `output_dir`, say so in `TrainingArguments.resume_from_checkpoint`, too. The
-    process of rank 0 publishes. A publish that fails is a warning; `Fenced` ends training.
+    Each of the Trainer's checkpoints holds the average in a file of its own, from which it resumes exactly. To resume
+    from a checkpoint outside `output_dir`, set `TrainingArguments.resume_from_checkpoint` as well. Only the process of
+    rank 0 publishes. A publish that fails is a warning; `Fenced` ends training. A run stopped by Ctrl-C publishes its
+    last average.
     """
 
     _metrics: Mapping[str, object] = MappingProxyType({})
@@ -51,13 +56,13 @@ class EmaswapCallback(Averaging, TrainerCallback):
             if saved := next(filter(None, (sidecar.load(folder, self._stem) for folder in folders)), None):
                 self.restore(saved)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner  # Accelerate's wrapper calls no hooks
+            optimizer = inner  # Accelerate's wrapper does not call step hooks
         self.begin(model, [optimizer], step=state.global_step, publishes=state.is_world_process_zero)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.swap_out()
         self._validated = False
-        # Not at the end of the step before: an evaluation after it has metrics of the very weights that are due.
+        # Not at the end of the previous step: an evaluation may follow it, with metrics of the weights that are due.
         self.publish_average(self._metrics)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
@@ -71,7 +76,7 @@ class EmaswapCallback(Averaging, TrainerCallback):
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         if self._validated:
-            log.warning("of several evaluation datasets only the first is evaluated with the averaged weights")
+            log.warning("only the first of several evaluation datasets is evaluated with the averaged weights")
             self._validated = False
 
     def on_log(self, *_: Any, logs: dict[str, object], **__: Any) -> None:
@@ -91,10 +96,34 @@ class EmaswapCallback(Averaging, TrainerCallback):
         self._validated = False
         self.finish(self._metrics)
 
+    def on_exception(self, error: BaseException) -> None:
+        """End training, which `error` has ended. The wrapped `Trainer.train` calls this."""
+        self._validated = False
+        self.fail(error, self._metrics)
+
     @property
     def _stem(self) -> str:
-        return f"emaswap-{self.model_name}"
+        return f"emaswap-{self.name}"
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _reporting(train: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Trainer.train` to tell every `EmaswapCallback` of an exception that ends it."""
+
+    @wraps(train)
+    def reporting(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+        try:
+            return train(trainer, *arguments, **options)
+        except BaseException as error:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, EmaswapCallback):
+                    callback.on_exception(error)
+            raise
+
+    return reporting
+
+
+Trainer.train = _reporting(Trainer.train)

@@ -1,4 +1,4 @@
-"""Lightning: `Trainer(callbacks=[EmaswapCallback(...)])` keeps an average of the model and publishes it."""
+"""Lightning: `Trainer(callbacks=[EmaswapCallback(...)])` averages the model and publishes the average."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,22 +12,23 @@ except ImportError as error:
 
 
 class EmaswapCallback(Averaging, Callback):
-    """Averages once an optimizer step, publishes every so many of them and at the end, with the logged metrics.
+    """Averages at every optimizer step, and publishes at intervals and at the end, with the logged metrics.
 
-    The average is saved in Lightning's checkpoints and goes on exactly. The process of rank 0 publishes. A publish that
-    fails is a warning; `Fenced` ends training. In a `fast_dev_run` nothing is published.
+    The average is saved in Lightning's checkpoints and resumes exactly. Only the process of rank 0 publishes. A publish
+    that fails is a warning; `Fenced` ends training. A run stopped by Ctrl-C or SIGTERM publishes its last average. A
+    `fast_dev_run` publishes nothing.
     """
 
     @property
     def state_key(self) -> str:
-        return f"emaswap[{self.model_name}]"
+        return f"emaswap[{self.name}]"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         publishes = trainer.is_global_zero and not trainer.fast_dev_run
         self.begin(pl_module, trainer.optimizers, step=trainer.global_step, publishes=publishes)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        # Not at the end of the batch before: a validation after it has metrics of the very weights that are due.
+        # Not at the end of the previous batch: a validation may follow it, with metrics of the weights that are due.
         self.publish_average(trainer.callback_metrics)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -45,8 +46,8 @@ class EmaswapCallback(Averaging, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         self.finish(trainer.callback_metrics)
 
-    def on_exception(self, *_: Any) -> None:
-        self.abandon()
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        self.fail(exception, trainer.callback_metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return self.saved()

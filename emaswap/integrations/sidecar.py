@@ -1,4 +1,4 @@
-"""An average's state in a file beside a framework's checkpoint: one file a stem."""
+"""An average's state in a file next to a framework's checkpoint: one file per stem."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +9,9 @@ from emaswap.files import state_file
 
 
 def save(folder: Path, stem: str, state: Mapping[str, Any]) -> Path:
-    """Write the state into a folder, in place of an older one of this stem.
+    """Write the state into a folder, and delete an older file of this stem.
 
-    Raises `EmaswapError` when the state holds what cannot be saved, or the folder cannot be written.
+    Raises `EmaswapError` when the state holds a value that cannot be saved, or the folder cannot be written.
     """
     try:
         older = _found(folder, stem)
@@ -25,7 +25,7 @@ def save(folder: Path, stem: str, state: Mapping[str, Any]) -> Path:
 
 
 def load(folder: Path, stem: str) -> dict[str, Any] | None:
-    """What `save` wrote into a folder; `None` where there is nothing. Raises `BadVersion` when it is damaged."""
+    """Return what `save` wrote into a folder, or `None` if there is nothing. Raises `BadVersion` if it is damaged."""
     return next((state_file.load(path) for path in _found(folder, stem)), None)
 
 

@@ -1,10 +1,12 @@
 """Ultralytics: `publish_from(yolo, ...)` publishes the average that its trainer keeps, once an epoch.
 
-Uses the public interface of its callbacks alone (`add_callback`, `trainer.ema`, `trainer.epoch`, `trainer.metrics`), and
-imports nothing of it. Ultralytics is licensed under AGPL-3.0: whoever serves a network of its classes runs its code, too.
+Uses only the public interface of its callbacks (`add_callback`, `trainer.ema`, `trainer.epoch`, `trainer.metrics`) and
+imports nothing of it. Ultralytics is licensed under AGPL-3.0, and a service that serves its networks runs its code.
 """
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +15,12 @@ import torch
 from torch import nn
 
 from emaswap.averaging.schedule import window
-from emaswap.integrations.bridge import Publishing, warn_of
+from emaswap.errors import Fenced
+from emaswap.integrations.bridge import Publishing, is_stop, warn_of
 from emaswap.store import Store
 from emaswap.tensors import dtype_name
-from emaswap.versions.manifest import Architecture, EmaInfo
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo
 from emaswap.versions.signature import Inputs
 
 
@@ -36,7 +40,7 @@ class _Model(Protocol):
     def add_callback(self, event: str, func: Callable[[Any], None]) -> object: ...
 
 
-def _as_it_is(network: nn.Module) -> nn.Module:
+def _unchanged(network: nn.Module) -> nn.Module:
     return network
 
 
@@ -44,56 +48,72 @@ def publish_from(
     yolo: _Model,
     store: Store | str | Path,
     *,
-    model: str,
+    name: str,
     architecture: Architecture | str,
     probe: Inputs,
     every_n_epochs: int = 1,
-    wrap: Callable[[nn.Module], nn.Module] = _as_it_is,
+    wrap: Callable[[nn.Module], nn.Module] = _unchanged,
     **publisher: Any,
 ) -> None:
-    """Have the trainings of a `YOLO` publish their averaged weights. A publish that fails is a warning; `Fenced` ends it.
+    """Have `yolo.train()` publish the averaged weights of its trainer.
+
+    A publish that fails is a warning; `Fenced` ends training. A run stopped by Ctrl-C publishes its last average.
 
     Args:
         yolo: the model whose `train` is called afterwards.
-        store: a store, or the path of one.
-        model: the model's name; a store holds versions of one model.
-        architecture: what the service builds the module from, a function of yours that makes the network.
+        store: a store or its path.
+        name: the model's name; a store holds versions of one model.
+        architecture: what the service builds the module from: a function of yours that makes the network.
         probe: a few typical inputs, rows first.
-        every_n_epochs: a version every so many epochs, and one at the end.
-        wrap: makes the module to publish out of the network, where that does not answer with plain tensors.
-        publisher: what else `Publisher` takes (`signature`, `keep`, `on_publish`, ...).
+        every_n_epochs: publish a version every so many epochs, and one at the end.
+        wrap: makes the module to publish from the network, if the network does not return plain tensors.
+        publisher: further arguments of `Publisher` (`signature`, `keep`, `on_publish`, ...).
     """
-    publishing = Publishing(store, model=model, architecture=architecture, probe=probe, every=1, **publisher)
+    publisher |= {"name": name, "architecture": architecture, "probe": probe}
+    publishing = Publishing(store, every=1, **publisher)
     events = _Events(publishing, every_n_epochs, wrap)
-    for event in ("on_train_start", "on_fit_epoch_end", "on_train_end", "teardown"):
+    for event in ("on_train_start", "on_train_batch_end", "on_fit_epoch_end", "on_train_end", "teardown"):
         yolo.add_callback(event, getattr(events, event))
 
 
 class _Events:
-    """What is done at the events of a training. A version's step is the number of updates of the average."""
+    """Handlers of the events of a training run. A version's step is the number of updates of the average."""
 
     def __init__(self, publishing: Publishing, every: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
         if every < 1:
-            raise ValueError(f"versions are published every 1 or more epochs, got {every}")
+            raise ValueError(f"expected an interval of 1 or more epochs between versions, got {every}")
         self._publishing = publishing
         self._every = every
         self._wrap = wrap
+        self._whole: int | None = None
+        """The updates of the average when it was last known to be whole, while training."""
 
     def on_train_start(self, trainer: _Trainer) -> None:
         others = torch.distributed.is_available() and torch.distributed.is_initialized()
         publishes = not others or torch.distributed.get_rank() == 0
         self._publishing.open(step=trainer.ema.updates, publishes=publishes)
+        self._whole = trainer.ema.updates
+
+    def on_train_batch_end(self, trainer: _Trainer) -> None:
+        self._whole = trainer.ema.updates
 
     def on_fit_epoch_end(self, trainer: _Trainer) -> None:
-        # It comes once more after the last epoch, with nothing new: then no version is due.
+        # This comes once more after the last epoch, with nothing new; then no version is due.
         if (trainer.epoch + 1) % self._every == 0:
             self._publish(trainer)
 
     def on_train_end(self, trainer: _Trainer) -> None:
+        self._whole = None
         self._publish(trainer)
         self._publishing.close()
 
-    def teardown(self, trainer: _Trainer) -> None:  # noqa: ARG002
+    def teardown(self, trainer: _Trainer) -> None:
+        # Ultralytics calls this in a `finally` block, where the exception that ends training can be seen. An average
+        # that was interrupted in the middle of an update is not published.
+        if is_stop(sys.exception()) and self._whole is not None and self._whole == trainer.ema.updates:
+            with suppress(Fenced):
+                self._publish(trainer)
+        self._whole = None
         self._publishing.abandon()
 
     def _publish(self, trainer: _Trainer) -> None:
@@ -105,7 +125,7 @@ class _Events:
 
 
 def _described(average: _Average) -> EmaInfo:
-    """What can be told of an average whose schedule is a function: its decay now."""
+    """Describe an average whose schedule is a function by its present decay."""
     decay = average.decay(average.updates)
     dtype = next((dtype_name(each.dtype) for each in average.ema.parameters()), "none")
     return EmaInfo(schedule="ultralytics", decay=decay, updates=average.updates, window=window(decay), dtype=dtype)

@@ -1,1 +1,1 @@
-"""Small reference networks, which every service trusts. Importing this package imports none of them."""
+"""Small reference networks that every service trusts. Importing this package imports none of them."""

@@ -1,4 +1,4 @@
-"""A small convolutional network for 8×8 grey-scale digits."""
+"""A small convolutional network for 8×8 greyscale digits."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 class DigitsNet(nn.Module):
     """Pixel values in [0, 1], (N, 1, 8, 8), to ten logits, (N, 10). About 97,000 parameters at width 32.
 
-    Normalisation is part of the module, so that a client sends what it naturally has.
+    The module normalises its inputs, so that a client sends plain pixel values.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, width: int = 32, classes: int = 10, mean: float = 0.3053, std: float = 0.3760) -> None:
-        """`mean` and `std` of the pixels are those of the training split of scikit-learn's digits."""
+        """Make the network. The default `mean` and `std` of the pixels are those of scikit-learn's training digits."""
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))

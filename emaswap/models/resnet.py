@@ -1,4 +1,4 @@
-"""A small residual network for 28×28 grey-scale images."""
+"""A small residual network for 28×28 greyscale images."""
 
 from itertools import pairwise
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 class SmallResNet(nn.Module):
     """Pixel values in [0, 1], (N, 1, 28, 28), to ten logits, (N, 10). About 1.2 million parameters at width 32.
 
-    Four residual blocks (arXiv 1512.03385, figure 2) at 14×14, 7×7, 4×4 and 2×2, of twice the channels each time.
-    Normalisation is part of the module, so that a client sends what it naturally has.
+    Four residual blocks (arXiv 1512.03385, figure 2) at 14×14, 7×7, 4×4 and 2×2, doubling the channels each time.
+    The module normalises its inputs, so that a client sends plain pixel values.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, width: int = 32, classes: int = 10, mean: float = 0.1307, std: float = 0.3081) -> None:
-        """`mean` and `std` of the pixels are those of MNIST."""
+        """Make the network. The default `mean` and `std` of the pixels are those of MNIST."""
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
@@ -38,7 +38,7 @@ class SmallResNet(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Two convolutions, and a way around them."""
+    """Two convolutions and a shortcut around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -55,5 +55,5 @@ class _Residual(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    """A convolution that keeps height and width up to the stride, normalised."""
+    """Return a padded convolution and its batch norm; height and width shrink only by the stride."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)

@@ -1,59 +1,58 @@
 """Publisher: puts an average's weights into a store without holding up the training loop.
 
-`publish()` copies the weights on the calling thread and returns; recording the probe, digesting, writing and
-committing happen on a thread of its own. When that thread is busy, the newest snapshot waits and older ones give way.
+`publish()` copies the weights on the calling thread and returns; proving, digesting, writing and committing happen on a
+thread of its own. While that thread is busy, the newest copy waits and replaces older ones.
 """
 
 import logging
-import random
-import threading
+import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 from torch import nn
 
 from emaswap.averaging.model_ema import ModelEMA
-from emaswap.errors import BadVersion, EmaswapError, Fenced, PublishError
+from emaswap.errors import Fenced, PublishError
 from emaswap.files.digest import Algorithm
 from emaswap.priority import give_way
-from emaswap.publishing.snapshot import MAIN, Layout, PrivateCopy, Staging, layout_of
+from emaswap.publishing.edition import Editor
+from emaswap.publishing.rehearsal import rehearse
+from emaswap.publishing.snapshot import Tray, state_dtypes
+from emaswap.publishing.writer import Writer
 from emaswap.store import Store, open_store
-from emaswap.store.line import Term
-from emaswap.store.retention import Retention
-from emaswap.tensors import dtype_name, named_tensors, not_finite, plain_name
-from emaswap.versions import architecture as architectures
-from emaswap.versions.manifest import (
-    Architecture,
-    EmaInfo,
-    Manifest,
-    ProbeInfo,
-    TensorInfo,
-    TrainingInfo,
-    Variant,
-    WeightsInfo,
-)
-from emaswap.versions.probe import Probe, tolerances
-from emaswap.versions.signature import Inputs, Signature
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo, Manifest, TrainingInfo
+from emaswap.versions.probe import Rows
+from emaswap.versions.signature import Signature
 
 log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """One run's publisher of one model. Use it from one thread; close it, or use it as a context manager."""
+    """One run's publisher of one model. Use it from one thread; close it, or use it as a context manager.
+
+    A publish that fails does not end training: it is a warning in the log, counted in `failed`, and kept in `error`
+    until a later one succeeds. `close` and `flush` raise when the newest weights were not published.
+
+    Attributes:
+        published: how many versions were published.
+        failed: how many publishes failed.
+        latest: the manifest of the last version that was published.
+        error: why the last publish failed; `None` when it did not.
+    """
 
     def __init__(
         self,
         store: Store | str | Path,
         *,
-        model: str,
+        name: str,
         architecture: Architecture | str,
-        probe: Inputs,
+        probe: Rows | Mapping[str, Rows],
         signature: Signature | None = None,
         keep: int = 10,
         grace_s: float = 60.0,
@@ -61,60 +60,60 @@ class Publisher:
         dtype: torch.dtype | None = None,
         calibrate: Callable[[nn.Module], object] | None = None,
         on_publish: Callable[[Manifest], None] | None = None,
+        strict: bool = False,
     ) -> None:
-        """Take the next term at the store.
+        """Run the probe through what the factory builds, and take the next term at the store.
 
         Args:
             store: a store, or the path of one; the directory is made when it is not there.
-            model: the model's name; a store holds versions of one model.
+            name: the model's name; a store holds versions of one model.
             architecture: the factory that the service builds the module from, and its arguments
                 (`Architecture.of(Net, width=32)`, or "package.module:Net" when it takes none).
-            probe: a few typical inputs, rows first; several inputs by name. Their answers travel with each version.
+            probe: a few typical inputs, rows first: a tensor, an array or lists; several inputs by the names of
+                `forward`'s parameters. The outputs for them travel with each version.
             signature: names, dtypes and shapes of inputs and outputs; by default what the probe shows.
             keep: how many of the newest versions retention keeps.
             grace_s: the age in seconds below which retention keeps every version.
             algorithm: the digest's algorithm.
-            dtype: what floating-point parameters are rounded to in the store, such as `torch.bfloat16`: half the bytes.
-                Services compute in the module's own precision; buffers, and the average itself, are not rounded.
+            dtype: what floating-point parameters are stored in. Where it is narrower than what the factory builds, they
+                are rounded, and served in the module's own dtype; buffers, and the average itself, are not rounded.
+                Where it is wider (`torch.float32` for a module in bfloat16), they are served in it. By default a
+                version is stored and served in the dtypes of the module that the factory builds.
             calibrate: called on the publisher's thread with each private copy before its probe is recorded, for what
                 the average needs before it is used: `functools.partial(recalibrate, batches=...)` for batch norm.
             on_publish: called with each committed manifest, on the publisher's thread.
+            strict: raise what went wrong at the next call of `publish`, too.
 
         Raises:
             StoreError: the store cannot be written.
-            PublishError: the store holds another model, or the architecture cannot be built.
+            PublishError: the store holds another model, or what the factory builds could never be published: it cannot
+                be built, the probe does not run, or its outputs cannot be served or proven.
         """
-        self.store = store if isinstance(store, Store) else open_store(store)
+        architecture = Architecture(factory=architecture) if isinstance(architecture, str) else architecture
+        rehearsal = rehearse(architecture, probe, signature=signature, dtype=dtype)
         self.published = 0
+        self.failed = 0
         self.latest: Manifest | None = None
-        self._architecture = Architecture(factory=architecture) if isinstance(architecture, str) else architecture
-        if self._architecture.factory.startswith("__main__:"):
-            raise PublishError(
-                f"no service can import {self._architecture.factory}: move the class into a module of its own"
-            )
-        # What a service will build, to compare with what is published. It is built here and not in the background,
-        # where it would draw from the random numbers that training goes on with.
-        self._candidate: nn.Module | None = self._build()
-        self._layout: Layout | None = None
-        self._probe_inputs = _copied(probe)
-        self._signature = signature
-        self._algorithm = algorithm
-        self._dtype = dtype
-        self._calibrate = calibrate
+        self.error: PublishError | None = None
+        self._strict = strict
         self._on_publish = on_publish
-        self._term = Term(self.store, model)
-        self._model = model
-        self._retention = Retention(self.store, keep=keep, grace_s=grace_s)
-        self._retention.clean()
-
-        self._lock = threading.Lock()
-        self._pending: PrivateCopy | None = None
-        self._spare: list[PrivateCopy] = []
-        self._staging = Staging()
-        self._error: EmaswapError | None = None
-        self._working: Future[None] | None = None
+        self._tray = Tray(state_dtypes(rehearsal.module))
+        self._writer = Writer(
+            Editor(architecture, rehearsal, dtype=dtype, calibrate=calibrate),
+            store if isinstance(store, Store) else open_store(store),
+            name,
+            algorithm=algorithm,
+            keep=keep,
+            grace_s=grace_s,
+        )
+        self._untold: PublishError | None = None
         # An executor's thread finishes its work when the interpreter exits, even if nobody calls close().
         self._executor = ThreadPoolExecutor(1, "emaswap-publisher", initializer=give_way)
+
+    @property
+    def store(self) -> Store:
+        """The store that is published to."""
+        return self._writer.store
 
     def publish(
         self,
@@ -130,40 +129,45 @@ class Publisher:
             ema: the average (or a plain module) to publish; its variants become the version's.
             step: the optimizer step that training is at.
             metrics: figures to keep with the version, such as raw and EMA accuracy.
-            averaged: how a plain module came about, where another library averaged it; a `ModelEMA` tells that itself.
+            averaged: how a plain module was averaged by another library; a `ModelEMA` says that itself.
 
         Raises:
-            ValueError: `averaged` was given beside a `ModelEMA`.
-            PublishError: an *earlier* snapshot could not be published. The one of this call is on its way all the same.
+            ValueError: `averaged` was given with a `ModelEMA`.
             Fenced: another publisher has taken the store over; nothing more can be published from here.
+            PublishError: this publisher is closed; or, if it is `strict`, an earlier publish failed. The weights of
+                this call are being published all the same.
         """
         if averaged is not None and isinstance(ema, ModelEMA):
-            raise ValueError("a ModelEMA tells itself how it was averaged: leave out averaged=")
-        if isinstance(self._error, Fenced):
-            raise self._error
-        with self._lock:
-            snapshot = self._pending or (self._spare.pop() if self._spare else PrivateCopy())
-            snapshot.take(ema, TrainingInfo(step=step, metrics=dict(metrics or {})), self._staging, averaged)
-            self._pending = snapshot
-            if self._working is None:
-                try:
-                    self._working = self._executor.submit(self._work)
-                except RuntimeError as error:
-                    raise PublishError("this publisher is closed") from error
-        self._raise_error()
+            raise ValueError("a ModelEMA says itself how it was averaged: leave out averaged=")
+        if isinstance(self.error, Fenced):
+            raise self.error
+        try:
+            training = TrainingInfo(step=step, metrics=dict(metrics or {}))
+            is_first = self._tray.put(ema, training, averaged)
+        except Exception as error:  # whatever cannot be copied, training goes on
+            self._fail(step, error)
+        else:
+            if is_first:
+                self._start()
+        if self._strict:
+            self._raise_untold()
 
     def flush(self) -> None:
-        """Wait until everything snapshotted so far is published (or superseded). Raises like `publish`."""
-        with self._lock:
-            working = self._working
-        if working is not None:
-            working.result()
-        self._raise_error()
+        """Wait until the newest weights are published. Raises like `close`."""
+        with suppress(RuntimeError):  # it is closed, so there is nothing to wait for
+            self._executor.submit(int).result()
+        self._raise_untold()
 
     def close(self) -> None:
-        """Publish what is pending, and end. Raises like `publish`."""
+        """Publish what is waiting, and end.
+
+        Raises `PublishError` when the newest weights were not published, or `on_publish` failed, unless it was raised
+        before. While another exception is being handled, as in a `finally` block, that one goes on instead.
+        """
+        under_way = sys.exc_info()[1]
         self._executor.shutdown(wait=True)
-        self._raise_error()
+        if under_way is None:
+            self._raise_untold()
 
     def __enter__(self) -> Self:
         return self
@@ -171,160 +175,59 @@ class Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._executor.shutdown(wait=True)
+        if kind is None:
+            self._raise_untold()
 
-    def _raise_error(self) -> None:
-        error = self._error
-        if error is not None:
-            if not isinstance(error, Fenced):
-                self._error = None
-            raise error
-
-    def _work(self) -> None:
-        """Publish pending snapshots until there is none."""
-        while True:
-            with self._lock:
-                snapshot, self._pending = self._pending, None
-                if snapshot is None or isinstance(self._error, Fenced):
-                    self._working = None
-                    return
-            try:
-                self.latest = self._write(snapshot)
-                self.published += 1
-                self._tell(self.latest)
-            except Fenced as error:
-                log.error("%s", error)
-                self._error = error
-            except Exception as error:  # it must reach the training loop, whatever it is
-                self._fail(f"step {snapshot.training.step} was not published: {error}", error)
-            self._spare.append(snapshot)
-
-    def _tell(self, manifest: Manifest) -> None:
+    def _start(self) -> None:
         try:
-            if self._on_publish:
-                self._on_publish(manifest)
-        except Exception as error:  # it is the user's own
-            self._fail(f"version {manifest.version} is published, but on_publish failed: {error}", error)
+            self._executor.submit(self._publish_waiting)
+        except RuntimeError as error:
+            self._tray.take()
+            raise PublishError("this publisher is closed") from error
 
-    def _fail(self, message: str, cause: Exception) -> None:
-        log.warning("%s", message)
-        self._error = PublishError(message)
-        self._error.__cause__ = cause
-
-    def _write(self, snapshot: PrivateCopy) -> Manifest:
-        snapshot.wait()
-        parts = {name: self._add(name, snapshot) for name in snapshot.modules}
-        main = parts.pop(MAIN)
-        assert self._signature is not None
-        signature = self._signature
-        manifest = self._term.commit(
-            lambda place: Manifest(
-                model=self._model,
-                version=place.version,
-                term=place.term,
-                run=place.run,
-                parent=place.parent,
-                created_at=datetime.now(UTC),
-                weights=main.weights,
-                architecture=self._architecture,
-                signature=signature,
-                ema=main.ema,
-                training=snapshot.training,
-                probe=main.probe,
-                variants=parts,
-            )
-        )
-        log.info("published version %d (step %d)", manifest.version, manifest.training.step)
-        self._prune()
-        return manifest
-
-    @torch.no_grad()
-    def _add(self, name: str, snapshot: PrivateCopy) -> Variant:
-        """Prove one of a snapshot's modules right, and put its weights and its probe into the store."""
-        module = snapshot.modules[name]
-        if self._calibrate is not None:
-            self._calibrate(module)
-        narrowed = {key: value.to(self._dtype) for key, value in _wider(module, self._dtype).items()}
-        tensors = named_tensors(module)
-        for key, value in narrowed.items():
-            tensors[key].copy_(value)  # what is recorded and proven below are the answers of the rounded weights
-        if bad := not_finite(tensors):
-            raise PublishError(
-                f"weights that are not finite would be rejected: {', '.join(bad[:5])} (for a mask of infinities, "
-                "register_buffer(..., persistent=False))"
-            )
-        if self._signature is None:
-            self._signature = Signature.infer(module, self._probe_inputs)
-        probe = Probe.record(module, self._signature, self._probe_inputs)
-        rtol, atol = tolerances(tensors, torch.device("cpu"))
-        self._prove(module, probe, self._signature)
-
-        stored = tensors | narrowed
-        weights = self.store.add_tensors("weights", stored, self._algorithm)
-        recorded = self.store.add_tensors("probes", probe.to_tensors(), self._algorithm)
-        return Variant(
-            weights=WeightsInfo(
-                digest=weights.digest,
-                size=weights.size,
-                tensors={
-                    key: TensorInfo(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
-                    for key, tensor in stored.items()
-                },
-            ),
-            ema=snapshot.infos[name],
-            probe=ProbeInfo(digest=recorded.digest, size=recorded.size, rtol=rtol, atol=atol),
-        )
-
-    def _build(self) -> nn.Module:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        try:
-            return architectures.build(self._architecture, trusted=[self._architecture.factory])
-        except BadVersion as error:
-            raise PublishError(f"what no service can build is not published: {error.detail}") from error
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-            torch.set_rng_state(states[2])
-
-    def _prove(self, module: nn.Module, probe: Probe, signature: Signature) -> None:
-        """Do once what every service will do, so that a wrong factory shows here and not in front of users."""
-        layout = layout_of(module)
-        if self._candidate is None:
-            if layout != self._layout:
-                raise PublishError("it is not a module like the ones published before: make a publisher of its own")
+    def _publish_waiting(self) -> None:
+        """Publish the copy that waits, on the publisher's thread."""
+        copied = self._tray.take()
+        if copied is None or isinstance(self.error, Fenced):
             return
-        tensors = named_tensors(module)
-        rtol, atol = tolerances(tensors, torch.device("cpu"))
         try:
-            architectures.fill(self._candidate, tensors)
-            probe.compare(probe.replay(self._candidate, signature), rtol=rtol, atol=atol)
-        except BadVersion as error:
-            raise PublishError(
-                f"{self._architecture.factory} does not build the module that is published: {error}"
-            ) from error
-        self._candidate, self._layout = None, layout
+            self.latest = self._writer.publish(copied)
+        except Exception as error:  # whatever it is, it must not end this thread unnoticed
+            self._fail(copied.training.step, error)
+        else:
+            self.published += 1
+            self.error = None
+            self._untold = self._untold if self._strict else None
+            self._announce(self.latest)
+        finally:
+            self._tray.give_back(copied)
 
-    def _prune(self) -> None:
+    def _announce(self, manifest: Manifest) -> None:
+        log.info("published version %d (step %d)", manifest.version, manifest.training.step)
+        if self._on_publish is None:
+            return
         try:
-            self._retention.prune()
-        except EmaswapError as error:
-            log.warning("old versions were not pruned: %s", error)
+            self._on_publish(manifest)
+        except Exception as error:  # it is the user's own
+            self._untold = PublishError(f"version {manifest.version} is published, but on_publish failed: {error}")
+            self._untold.__cause__ = error
+            log.warning("%s", self._untold)
 
+    def _fail(self, step: int, cause: Exception) -> None:
+        if isinstance(cause, Fenced):
+            self.error = cause
+        else:
+            self.error = PublishError(f"step {step} was not published: {cause}")
+            self.error.__cause__ = cause
+        self._untold = self.error
+        self.failed += 1
+        log.warning("%s", self.error)
 
-def _copied(inputs: Inputs) -> Inputs:
-    """Copies on the CPU: the caller's own may change, or be where the snapshots are not."""
-    if isinstance(inputs, torch.Tensor):
-        return inputs.detach().cpu().clone()
-    return {name: value.detach().cpu().clone() for name, value in inputs.items()}
-
-
-def _wider(module: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The module's floating-point parameters that take more bytes than this dtype; buffers are small, and stay."""
-    if dtype is None:
-        return {}
-    names = {plain_name(name) for name, _ in module.named_parameters()}
-    return {
-        name: tensor
-        for name, tensor in named_tensors(module).items()
-        if name in names and tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize
-    }
+    def _raise_untold(self) -> None:
+        """Raise what went wrong, once; `Fenced` always."""
+        untold, self._untold = self._untold, None
+        if isinstance(self.error, Fenced):
+            raise self.error
+        if untold is not None:
+            raise untold

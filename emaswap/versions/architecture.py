@@ -1,23 +1,152 @@
-"""Build a module from a manifest, from trusted factories only, and fill it with verified weights.
+"""The architecture: which factory builds the module, and with which arguments; building it, and filling it with weights.
 
-A manifest chooses among code that the reader's own settings trust; it can never bring code.
+A manifest chooses among code that the reader's own settings trust; it can never bring code. Modules are built from
+trusted factories only.
 """
 
 import importlib
+import math
+import sys
 from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import PurePath
+from typing import Annotated, Any
 
+import numpy as np
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
-from emaswap.tensors import differences, in_words, named_tensors
-from emaswap.versions.manifest import Architecture
+from emaswap.tensors import differences, dtype_name, in_words, named_tensors
 
 TRUSTED_BY_DEFAULT = ("emaswap.models.*",)
 
 
+_MAX_DEPTH = 32
+
+
+def _plain(arguments: object) -> object:
+    """Return arguments as JSON has them. Raises `ValueError` for one that JSON cannot hold without a loss."""
+    return _plain_value(arguments, "arguments", 0) if isinstance(arguments, Mapping) else arguments
+
+
+def _plain_value(value: object, name: str, depth: int) -> object:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{name} is nested more than {_MAX_DEPTH} deep")
+    value = _unboxed(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        if not _is_storable(value):
+            raise ValueError(f"{name} is {value!a}, which JSON cannot hold: give None, or another value")
+        return value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return [_plain_value(each, f"{name}[{index}]", depth + 1) for index, each in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {
+            key: _plain_value(each, f"{name}[{key!r}]" if depth else f"argument {key!r}", depth + 1)
+            for key, each in value.items()
+        }
+    raise ValueError(f"{name} is a {type(value).__qualname__}, which a manifest cannot hold: {_advice(value)}")
+
+
+def _unboxed(value: object) -> object:
+    """Return the plain value that a number of numpy or torch, a path or an enum's member stands for."""
+    if isinstance(value, Enum) and isinstance(value, (str, int)):
+        return value.value
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
+        return value.item()
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def _is_storable(value: bool | float | str | None) -> bool:  # noqa: FBT001
+    if isinstance(value, float):
+        return math.isfinite(value)
+    # A lone surrogate has no bytes in UTF-8.
+    return not isinstance(value, str) or value.encode(errors="ignore").decode() == value
+
+
+def _advice(value: object) -> str:
+    """Return what to write instead of an argument that JSON cannot hold."""
+    if isinstance(value, torch.dtype):
+        return f"give its name, {dtype_name(value)!r}, and let the factory look it up: getattr(torch, name)"
+    if isinstance(value, torch.device):
+        return "leave it out; a service chooses its own device"
+    if isinstance(value, (Tensor, np.ndarray)):
+        return "give a list, by .tolist(), or register it as a buffer, so that it travels with the weights"
+    if isinstance(value, Mapping):
+        return "its keys must be texts"
+    if isinstance(value, (set, frozenset)):
+        return "give a sorted list"
+    return (
+        "give its fields as plain values to a function of yours that makes it again, "
+        "such as def build(**fields): return Net(Config(**fields))"
+    )
+
+
+class Architecture(BaseModel):
+    """How to build the module: the import path of a factory ("package.module:name"), and its keyword arguments.
+
+    Arguments are plain values. Numbers of numpy and paths become numbers and texts, tuples become lists.
+    """
+
+    # Fields that a later release adds are no reason to refuse a version.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=500)]
+    arguments: Annotated[dict[str, JsonValue], BeforeValidator(_plain)] = {}
+
+    @classmethod
+    def of(cls, factory: Any, **arguments: object) -> "Architecture":
+        """Return the architecture of a class or function: `Architecture.of(Net, width=32)`.
+
+        Raises `EmaswapError` when a service could not import it, or an argument is no plain value.
+        """
+        try:
+            plain = _plain(arguments)
+        except ValueError as error:
+            raise EmaswapError(f"{_shown(factory)}: {error}") from None
+        return cls.model_validate({"factory": _import_path(factory), "arguments": plain})
+
+
+def _import_path(factory: object) -> str:
+    """Return where a class or function can be imported from. Raises `EmaswapError` when it cannot."""
+    module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", None)
+    if isinstance(factory, nn.Module):
+        name = type(factory).__name__
+        raise EmaswapError(
+            f"expected a class or function, got an instance: write Architecture.of({name}, ...) "
+            "with the arguments that it was made with"
+        )
+    if isinstance(factory, str):
+        raise EmaswapError(
+            f"expected a class or function, got a text: write Architecture(factory={factory!r}, arguments=...)"
+        )
+    if not callable(factory) or not isinstance(module, str) or not isinstance(name, str):
+        raise EmaswapError(
+            f"expected a class or function, got {_shown(factory)}: "
+            "write Architecture.of(Net, width=32) with the class and its arguments"
+        )
+    if not name.isidentifier():
+        raise EmaswapError(
+            f"no service can import {module}:{name}: move it to the top of a module, under a name of its own"
+        )
+    found = getattr(sys.modules.get(module), name, None)
+    if found is not factory:
+        raise EmaswapError(
+            f"no service can import {module}:{name}: what has this name there is {_shown(found)}; "
+            "give it a name of its own at the top of its module"
+        )
+    return f"{module}:{name}"
+
+
+def _shown(factory: object) -> str:
+    name = getattr(factory, "__qualname__", None)
+    return str(name) if isinstance(name, str) else f"a {type(factory).__name__}"
+
+
 def is_trusted(factory: str, trusted: Iterable[str]) -> bool:
-    """Whether a factory is on the list: as itself ("package.module:name"), or in a package or below it ("package.*")."""
+    """Return whether a factory is on the list: as itself ("package.module:name"), or in a package or below it ("package.*")."""
     module = factory.partition(":")[0]
     return any(
         factory == pattern or (pattern.endswith(".*") and f"{module}.".startswith(pattern.removesuffix("*")))
@@ -26,7 +155,7 @@ def is_trusted(factory: str, trusted: Iterable[str]) -> bool:
 
 
 def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEFAULT) -> nn.Module:
-    """A new module in eval mode, with the weights its factory gave it.
+    """Return a new module in eval mode, with the weights that its factory gave it.
 
     Raises `BadVersion` when the factory is not trusted, cannot be imported, or does not return a module.
     """
@@ -48,6 +177,11 @@ def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEF
         module = factory(**architecture.arguments)
         if not isinstance(module, nn.Module):
             raise TypeError(f"it returned a {type(module).__name__}, not a torch.nn.Module")
+        if lazy := [name for name, tensor in module.state_dict(keep_vars=True).items() if is_lazy(tensor)]:
+            raise TypeError(
+                f"{', '.join(lazy[:5])} have no shape before the module has run: "
+                "give the sizes instead of a lazy module, or run it once in the factory"
+            )
     except BadVersion:
         raise
     except (Exception, SystemExit) as error:  # a factory is somebody else's code and may raise anything
@@ -58,7 +192,10 @@ def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEF
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a module's parameters and persistent buffers; half precision is widened to the module's own.
+    """Copy tensors into a module's parameters and persistent buffers.
+
+    Half precision is widened to the module's own dtype. A module in half precision is widened itself when it is given
+    wider tensors, and computes in their dtype from then on.
 
     Raises `BadVersion` naming every tensor that is missing, unexpected, or of another shape or dtype.
     """
@@ -66,6 +203,10 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own = named_tensors(module)
     except EmaswapError as error:
         raise BadVersion(Reason.FACTORY_FAILED, str(error)) from None
+    common = own.keys() & tensors.keys()
+    if wider := [tensors[name].dtype for name in common if own[name].dtype in _NARROW and tensors[name].dtype in _WIDE]:
+        widen(module, max(wider, key=lambda dtype: dtype.itemsize))
+        own = named_tensors(module)
     if found := differences(own, tensors, dtypes=_holds):
         raise BadVersion(Reason(next(iter(found))), in_words(found))
     with torch.no_grad():
@@ -73,8 +214,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             own[name].copy_(tensor)
 
 
+def widen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert whatever is in half precision in a module to this dtype."""
+    module._apply(lambda tensor: tensor.to(dtype) if tensor.dtype in _NARROW else tensor)  # type: ignore[no-untyped-call]
+
+
 def _holds(own: torch.dtype, given: torch.dtype) -> bool:
-    """Whether a tensor can be copied without losing anything that was published."""
+    """Return whether a tensor can be copied without losing anything that was published."""
     return own == given or (own in _WIDE and given in _NARROW)
 
 

@@ -3,17 +3,21 @@
 Knows what a version says of itself; whether that is true is for the reader of its weights to prove.
 """
 
-import json
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
 import pydantic_core
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from emaswap.errors import BadVersion, EmaswapError, Reason
-from emaswap.files.digest import Digest
+from emaswap.errors import BadVersion, Reason
+from emaswap.files.digest import Digest, digest_of
+from emaswap.files.tensor_file import Blob, Size
 from emaswap.release import __version__
+from emaswap.versions.architecture import Architecture
 from emaswap.versions.signature import Signature
 
 FORMAT = 1
@@ -21,7 +25,6 @@ MAX_MANIFEST_BYTES = 16 << 20
 
 Version = Annotated[int, Field(ge=1, le=10**15)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
-Size = Annotated[int, Field(ge=0, le=1 << 48)]
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
@@ -30,11 +33,6 @@ def _finite_or_none(value: float | None) -> float | None:
 
 
 Metric = Annotated[float | None, AfterValidator(_finite_or_none)]
-
-
-def _plain_json(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    json.dumps(arguments, allow_nan=False)
-    return arguments
 
 
 class _Frozen(BaseModel):
@@ -49,27 +47,10 @@ class TensorInfo(_Frozen):
     shape: tuple[Size, ...]
 
 
-class WeightsInfo(_Frozen):
-    """The weights file: digest and size of its bytes, and the tensors in it, tied ones once."""
+class WeightsInfo(Blob):
+    """The weights file, and the tensors in it, tied ones once."""
 
-    digest: Digest
-    size: Size
     tensors: dict[str, TensorInfo]
-
-
-class Architecture(_Frozen):
-    """How to build the module: the import path of a factory ("package.module:name"), and its keyword arguments."""
-
-    factory: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=500)]
-    arguments: Annotated[dict[str, JsonValue], AfterValidator(_plain_json)] = {}
-
-    @classmethod
-    def of(cls, factory: Any, **arguments: JsonValue) -> "Architecture":
-        """The architecture of a class or function that the service can import, too: `Architecture.of(Net, width=32)`."""
-        module, name = factory.__module__, factory.__qualname__
-        if not name.isidentifier():
-            raise EmaswapError(f"no service can import {module}:{name}: move it to the top of a module")
-        return cls(factory=f"{module}:{name}", arguments=arguments)
 
 
 class EmaInfo(_Frozen):
@@ -91,11 +72,9 @@ class TrainingInfo(_Frozen):
     metrics: dict[str, Metric] = {}
 
 
-class ProbeInfo(_Frozen):
+class ProbeInfo(Blob):
     """The probe file, and how far |served − recorded| may go: at most atol + rtol·|recorded|."""
 
-    digest: Digest
-    size: Size
     rtol: Annotated[float, Field(ge=0, le=1)]
     atol: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -106,6 +85,17 @@ class Variant(_Frozen):
     weights: WeightsInfo
     ema: EmaInfo
     probe: ProbeInfo
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a version is: its number and its manifest's digest, since a store begun anew has other versions 1, 2, 3."""
+
+    version: int
+    digest: Digest
+
+    def __str__(self) -> str:
+        return f"version {self.version} ({self.digest[:19]})"
 
 
 class Manifest(_Frozen):
@@ -127,15 +117,44 @@ class Manifest(_Frozen):
     probe: ProbeInfo
     variants: dict[VariantName, Variant] = {}
 
+    @cached_property
+    def identity(self) -> Identity:
+        """The version's identity, by the bytes that this manifest was read from, or else those it would be stored as."""
+        return Identity(self.version, digest_of(self.encode()))
+
+    def files(self) -> Iterator[tuple[Literal["weights", "probes"], Blob]]:
+        """Yield every file of the version with its kind: weights and probe of its own, and of all its variants."""
+        parts: tuple[Manifest | Variant, ...] = (self, *self.variants.values())
+        for part in parts:
+            yield "weights", part.weights
+            yield "probes", part.probe
+
+    def age_s(self, now: datetime) -> float:
+        """Return the seconds since it was published, by the two clocks; 0 when they say that it lies in the future."""
+        return max(0.0, (now - self.created_at).total_seconds())
+
+    def skew_s(self, now: datetime) -> float:
+        """Return by how many seconds the publisher's clock is ahead of this one at least; 0 when nothing shows it."""
+        return max(0.0, (self.created_at - now).total_seconds())
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some fields changed. It is another version, and knows its own identity."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("identity", None)
+        return copied
+
     def of_variant(self, name: str | None) -> "Manifest":
-        """This version with the weights of the named variant; `None` is the version as it is. `BadVersion` if it has none."""
+        """Return this version with the weights of the named variant, or as it is for `None`; its identity stays.
+
+        Raises `BadVersion` when it has no such variant.
+        """
         if name is None:
             return self
         variant = self.variants.get(name)
         if variant is None:
             there = ", ".join(self.variants) or "none"
             raise BadVersion(Reason.VARIANT_MISSING, f"it has no variant {name!r}; its variants: {there}")
-        return self.model_copy(update=dict(variant) | {"variants": {}})
+        return self.model_copy(update=dict(variant) | {"variants": {}})._of(self.identity)
 
     def encode(self) -> bytes:
         """The bytes to store: JSON, for people to read, too."""
@@ -155,16 +174,29 @@ class Manifest(_Frozen):
                 f"{__version__}, which reads up to format {FORMAT}: upgrade to the release that wrote it, or a later one",
             )
         try:
-            return cls.model_validate_json(data, strict=True)
+            manifest = cls.model_validate_json(data, strict=True)
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
             more = f"; and {len(problems) - 5} more" if problems[5:] else ""
             raise BadVersion(Reason.MANIFEST_INVALID, "; ".join(problems[:5]) + more) from None
+        return manifest._of(Identity(manifest.version, digest_of(data)))
+
+    def _of(self, identity: Identity) -> Self:
+        self.__dict__["identity"] = identity
+        return self
 
 
 class Pin(_Frozen):
-    """An operator's order: this version is the one to serve, whatever is newer."""
+    """An operator's order: this version is the one to serve, whatever is newer.
+
+    `digest` is that of the version's manifest when it was pinned, where that was known.
+    """
 
     version: Version
+    digest: Digest | None = None
     reason: str = ""
     at: datetime
+
+    def names(self, identity: Identity) -> bool:
+        """Return whether this is the version that was pinned, and not another that has its number by now."""
+        return self.version == identity.version and self.digest in (None, identity.digest)

@@ -1,12 +1,15 @@
 """The probe: inputs, and the EMA model's own outputs for them, recorded when a version is published.
 
-Whoever loads the version replays the inputs and compares: the proof that what is served is what was trained.
+Every reader of the version replays the inputs and compares: the proof that what is served is what was trained.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
@@ -27,6 +30,49 @@ _TOLERANCES = {
 _ON_GPU = (1e-2, 2e-3)
 
 
+Rows = Tensor | NDArray[Any] | Sequence[Any]
+"""Rows of one input: a tensor, an array, or nested lists of numbers."""
+
+
+def to_inputs(given: Rows | Mapping[str, Rows]) -> Inputs:
+    """Return copies on the CPU of what a user gives as probe inputs.
+
+    Raises `EmaswapError` when they are not rows of numbers, at least one, and as many of each input.
+    """
+    if not isinstance(given, Mapping):
+        return _to_rows(given, "the probe")
+    inputs = {str(name): _to_rows(rows, f"probe input {name!r}") for name, rows in given.items()}
+    if len(counts := {name: len(rows) for name, rows in inputs.items()}) == 0 or len(set(counts.values())) > 1:
+        raise EmaswapError(f"a probe has as many rows of each of its inputs, got {counts or 'no inputs'}")
+    return inputs
+
+
+def _to_rows(given: object, name: str) -> Tensor:
+    if isinstance(given, (list, tuple)) and any(isinstance(each, Tensor) for each in given):
+        raise EmaswapError(
+            f"{name} is a {type(given).__name__} of tensors: give one tensor, rows first (torch.stack), "
+            "or several inputs by name: {'tokens': ..., 'mask': ...}"
+        )
+    try:
+        rows = given if isinstance(given, Tensor) else _from_numpy(np.asarray(given))
+    except (TypeError, ValueError) as error:
+        raise EmaswapError(f"{name} is a {type(given).__name__} that makes no tensor: {error}") from None
+    if isinstance(given, (list, tuple)) and rows.is_floating_point():
+        rows = rows.to(torch.get_default_dtype())
+    if rows.layout != torch.strided or rows.is_meta or rows.is_quantized:
+        raise EmaswapError(f"{name} is no plain tensor ({rows.layout}, {rows.device}, {rows.dtype}): give a dense one")
+    if rows.dim() == 0:
+        raise EmaswapError(f"{name} is a single number: give rows of numbers, the first dimension counts them")
+    if len(rows) == 0:
+        raise EmaswapError(f"{name} has no rows, which proves nothing: give a few typical ones")
+    return rows.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _from_numpy(array: NDArray[Any]) -> Tensor:
+    # torch knows neither negative strides nor another machine's byte order.
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
 @dataclass(frozen=True)
 class Probe:
     """Inputs and recorded outputs by name, rows first."""
@@ -36,25 +82,29 @@ class Probe:
 
     @classmethod
     def record(cls, module: nn.Module, signature: Signature, inputs: Inputs) -> "Probe":
-        """Run the module on the inputs and keep what it answers. Raises `EmaswapError` when that is not finite."""
+        """Run the module on the inputs and keep its outputs.
+
+        Raises `EmaswapError` when they are not finite, `ValueError` when they do not fit the signature.
+        """
         named = {name: value.clone() for name, value in signature.name_inputs(inputs).items()}
         if not all(len(value) for value in named.values()):
             raise EmaswapError("a probe of no rows proves nothing: give a few typical inputs")
         # Copies, because a module may work in place on what it is given.
         outputs = signature.run(module, {name: value.clone() for name, value in named.items()})
+        signature.check_dtypes(outputs)
         if bad := not_finite(outputs):
             raise EmaswapError(f"the model answers its own probe with values that are not finite: {', '.join(bad)}")
         return cls(named, outputs)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The probe as named tensors, for a tensor file."""
+        """Return the probe as named tensors, for a tensor file."""
         return {_INPUT + name: value for name, value in self.inputs.items()} | {
             _OUTPUT + name: value for name, value in self.outputs.items()
         }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Probe":
-        """The probe that a tensor file holds."""
+        """Return the probe that a tensor file holds."""
         inputs, outputs = (
             {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
             for kind in (_INPUT, _OUTPUT)
@@ -62,7 +112,7 @@ class Probe:
         return cls(inputs, outputs)
 
     def replay(self, module: nn.Module, signature: Signature) -> dict[str, Tensor]:
-        """The module's outputs for the probe's inputs, on the CPU. Raises `BadVersion` when it cannot run them."""
+        """Return the module's outputs for the probe's inputs, on the CPU. Raises `BadVersion` when it cannot run them."""
         device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
         try:
             named = signature.name_inputs(self.inputs)
@@ -72,7 +122,7 @@ class Probe:
         return {name: output.cpu() for name, output in outputs.items()}
 
     def compare(self, outputs: Mapping[str, Tensor], *, rtol: float, atol: float) -> None:
-        """Raises `BadVersion` when outputs differ from the recorded ones by more than atol + rtol·|recorded|."""
+        """Raise `BadVersion` when outputs differ from the recorded ones by more than atol + rtol·|recorded|."""
         if outputs.keys() != self.outputs.keys():
             raise BadVersion(
                 Reason.PROBE_FAILED, f"recorded outputs {sorted(self.outputs)}, replayed {sorted(outputs)}"
@@ -95,7 +145,7 @@ class Probe:
 
 
 def tolerances(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[float, float]:
-    """rtol and atol that answers of a model with these weights may differ by when it runs on this device."""
+    """Return how far the outputs of a model with these weights may differ on this device, as rtol and atol."""
     candidates = [_TOLERANCES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in _TOLERANCES]
     if device.type != "cpu":
         candidates.append(_ON_GPU)
@@ -104,7 +154,7 @@ def tolerances(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[flo
 
 
 def drift(outputs: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-    """Mean |difference| of two sets of outputs over their common names: how far a new version moves the answers."""
+    """Return the mean |difference| of two sets of outputs over their common names: how far a version moves them."""
     differences = [
         (outputs[name].double() - others[name].double()).abs().flatten()
         for name in outputs.keys() & others.keys()

@@ -57,12 +57,13 @@ class Loader:
 
         with stage(State.FETCHING):
             manifest = manifest.of_variant(self.variant)
-            fetched = proof.fetch(self.store, manifest)
+            fetched = self.store.fetch(manifest)
         with stage(State.VERIFYING):
             module = proof.verify(manifest, fetched, trusted=self.trusted, device=self.device)
         with stage(State.WARMING):
-            outputs = proof.replay(manifest, fetched, module, device=self.device)
+            outputs = proof.replay(manifest, fetched.probe, module, device=self.device)
             moved = None
             if live is not None and live.signature == manifest.signature:
-                moved = drift(outputs, fetched.probe.replay(live.module, live.signature))
-        return Servable(manifest, module, self.device, datetime.now(UTC), moved)
+                before = live.answers_to(fetched.probe)
+                moved = None if before is None else drift(outputs, before)
+        return Servable(manifest, module, fetched.probe, self.device, datetime.now(UTC), moved)

@@ -1,21 +1,24 @@
 """The batcher: requests that wait for the model run through it together, all with one servable.
 
-While a batch runs, what arrives waits; when it ends, all that waits and fits together is the next batch. A lone
-request is never held back to wait for others. Called on the event loop only; the model runs on a thread of its own.
+While a batch runs, new requests wait; when it ends, all that wait and fit together are the next batch. A lone request
+is never held back to wait for others. Called on the event loop only.
 """
 
 import asyncio
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
+import structlog
 
-from emaswap import Signature
-from service.metrics import Metrics
-from service.refusal import Refusal
+from emaswap import BadVersion, Reason, Signature
+from service.refusal import Code, Refusal
+from service.serving.forward import Forward, count
+from service.serving.metrics import ServingMetrics
 from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
+
+log = structlog.get_logger("emaswap.service")
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,24 @@ class Answer:
     servable: Servable
 
 
-class SignatureChanged(Exception):
-    """A version with another signature went live after the request was validated: validate it again."""
+class Superseded(Exception):
+    """The version that the request was validated for is not live any more: validate it for the one that is."""
+
+    def __init__(self, *, broken: bool) -> None:
+        super().__init__("broken" if broken else "replaced")
+        self.broken = broken
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     inputs: Rows
     signature: Signature
+    alone: bool
     answer: "asyncio.Future[Answer]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
     def rows(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return count(self.inputs)
 
     @property
     def size_bytes(self) -> int:
@@ -49,75 +57,112 @@ class _Waiting:
         """The shapes of a row: only rows of one size can be stacked."""
         return [array.shape[1:] for array in self.inputs.values()]
 
+    def fail(self, error: Exception) -> None:
+        """Raise an error for whoever awaits the answer, if anybody still does."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
 
 class Batcher:
     """Runs requests through whatever servable is live when their batch starts."""
 
     def __init__(
-        self, slot: Slot, metrics: Metrics, *, max_rows: int, max_waiting: int, max_waiting_bytes: int
+        self,
+        slot: Slot,
+        metrics: ServingMetrics,
+        *,
+        max_rows: int,
+        max_waiting: int,
+        max_waiting_bytes: int,
+        forward_timeout_s: float,
+        on_broken: Callable[[Servable, BadVersion], None],
     ) -> None:
-        """At most `max_rows` rows run at once; at most `max_waiting` requests, of so many bytes together, wait."""
-        self.slot = slot
-        self.metrics = metrics
-        self.max_rows = max_rows
-        self.max_waiting = max_waiting
-        self.max_waiting_bytes = max_waiting_bytes
+        """At most `max_rows` rows run at once; at most `max_waiting` requests, of so many bytes together, wait.
+
+        A live version that turns out broken, or takes longer than `forward_timeout_s`, is withdrawn from the slot, and
+        `on_broken` is told.
+        """
+        self._slot = slot
+        self._metrics = metrics
+        self._limits = _Limits(max_rows, max_waiting, max_waiting_bytes)
+        self._on_broken = on_broken
+        self._forward = Forward(metrics, timeout_s=forward_timeout_s)
         self._waiting: deque[_Waiting] = deque()
         self._waiting_bytes = 0
-        self._running = False
-        self._executor = ThreadPoolExecutor(1, "emaswap-forward")
+        self._running: asyncio.Task[None] | None = None
         metrics.waiting.set_function(lambda: len(self._waiting))
 
-    async def predict(self, inputs: Rows, signature: Signature) -> Answer:
-        """The answer to inputs that fit a signature.
+    def submit(self, inputs: Rows, signature: Signature, *, alone: bool = False) -> "asyncio.Future[Answer]":
+        """Return the future answer to inputs that fit a signature. Raises `Refusal` when the queue is full.
 
-        Raises `Refusal` when the queue is full or the model refuses the inputs, `SignatureChanged` when they have to
-        be validated again.
+        The future raises `Refusal` when there is no answer to these inputs, and `Superseded` when they have to be
+        validated again. If that is because a version broke under their batch, submit them `alone`: one of the batch
+        may break the next version, too.
         """
-        waiting = _Waiting(inputs, signature)
+        waiting = _Waiting(inputs, signature, alone)
         if self._waiting and (
-            len(self._waiting) >= self.max_waiting or self._waiting_bytes + waiting.size_bytes > self.max_waiting_bytes
+            len(self._waiting) >= self._limits.requests
+            or self._waiting_bytes + waiting.size_bytes > self._limits.size_bytes
         ):
             raise Refusal(
-                "queue_is_full",
+                Code.QUEUE_IS_FULL,
                 f"{len(self._waiting)} requests of {self._waiting_bytes} bytes are waiting already; try again later",
             )
         self._waiting.append(waiting)
         self._waiting_bytes += waiting.size_bytes
-        if not self._running:
-            self._start_batch()
-        return await waiting.answer
+        if self._running is None:
+            self._running = asyncio.create_task(self._run(), name="batcher")
+        return waiting.answer
+
+    def drop(self, answer: "asyncio.Future[Answer]") -> None:
+        """Free the place of a request whose answer nobody waits for any more."""
+        for waiting in self._waiting:
+            if waiting.answer is answer:
+                self._waiting.remove(waiting)
+                self._waiting_bytes -= waiting.size_bytes
+                return
 
     def close(self) -> None:
-        """End the thread, once the batch it is at is done."""
-        self._executor.shutdown(wait=True)
+        """End the thread. What still runs or waits is not answered."""
+        if self._running is not None:
+            self._running.cancel()
+        self._forward.close()
 
-    def _start_batch(self) -> None:
-        servable = self.slot.current
-        batch = self._take(servable.signature) if servable else []
-        if servable is None or not batch:
-            self._running = False
+    async def _run(self) -> None:
+        """Run batch after batch until nothing waits."""
+        try:
+            while self._waiting:
+                servable = self._slot.current
+                batch = self._take(servable)
+                if servable is not None and batch:
+                    await self._answer(servable, batch)
+        finally:
+            self._running = None
+
+    async def _answer(self, servable: Servable, batch: list[_Waiting]) -> None:
+        self._metrics.batch_rows.observe(sum(waiting.rows for waiting in batch))
+        results: list[Rows | Refusal]
+        try:
+            results = await self._forward.run(servable, [waiting.inputs for waiting in batch])
+        except BadVersion as error:
+            self._slot.withdraw(servable)
+            for waiting in batch:
+                waiting.fail(_timed_out(error) if error.reason is Reason.FORWARD_TIMEOUT else Superseded(broken=True))
+            log.error("version broken", version=servable.version, reason=str(error.reason), detail=error.detail)
+            self._on_broken(servable, error)
             return
-        self._running = True
-        self.metrics.batch_rows.observe(sum(waiting.rows for waiting in batch))
-        done = asyncio.get_running_loop().run_in_executor(
-            self._executor, _run, servable, [waiting.inputs for waiting in batch]
-        )
-        done.add_done_callback(lambda done: self._finish(batch, servable, done))
-
-    def _finish(self, batch: list[_Waiting], servable: Servable, done: "asyncio.Future[list[Rows | Refusal]]") -> None:
-        failure = done.exception()
-        for waiting, result in zip(batch, [failure] * len(batch) if failure else done.result(), strict=True):
-            if waiting.answer.done():
-                continue  # the client has gone
-            if isinstance(result, BaseException):
-                waiting.answer.set_exception(result)
-            else:
+        except Exception as error:  # a fault of ours, which must not end the batches to come
+            for waiting in batch:
+                waiting.fail(error)
+            return
+        for waiting, result in zip(batch, results, strict=True):
+            if isinstance(result, Refusal):
+                waiting.fail(result)
+            elif not waiting.answer.done():
                 waiting.answer.set_result(Answer(result, servable))
-        self._start_batch()
 
-    def _take(self, signature: Signature) -> list[_Waiting]:
-        """The requests of the next batch, oldest first; those that do not fit into it keep their places."""
+    def _take(self, servable: Servable | None) -> list[_Waiting]:
+        """Return the requests of the next batch, oldest first. Those that do not fit into it keep their places."""
         batch: list[_Waiting] = []
         left: deque[_Waiting] = deque()
         rows = 0
@@ -125,9 +170,11 @@ class Batcher:
             waiting = self._waiting.popleft()
             if waiting.answer.done():
                 continue
-            if waiting.signature is not signature and waiting.signature != signature:
-                waiting.answer.set_exception(SignatureChanged())
-            elif batch and (rows + waiting.rows > self.max_rows or waiting.shapes != batch[0].shapes):
+            if servable is None or (
+                waiting.signature is not servable.signature and waiting.signature != servable.signature
+            ):
+                waiting.fail(Superseded(broken=False))
+            elif batch and not self._fits(waiting, batch[0], rows):
                 left.append(waiting)
             else:
                 batch.append(waiting)
@@ -136,16 +183,23 @@ class Batcher:
         self._waiting_bytes = sum(waiting.size_bytes for waiting in left)
         return batch
 
+    def _fits(self, waiting: _Waiting, first: _Waiting, rows: int) -> bool:
+        """Whether a request can run in the batch of another that has so many rows already."""
+        return (
+            not (waiting.alone or first.alone)
+            and rows + waiting.rows <= self._limits.rows
+            and waiting.shapes == first.shapes
+        )
 
-def _run(servable: Servable, requests: list[Rows]) -> list[Rows | Refusal]:
-    """Outputs or a refusal for each request. One whose values the model cannot take must not fail its neighbours."""
-    try:
-        inputs = {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
-        outputs = servable.run(inputs)
-    except Exception as error:  # forward is somebody else's code and may raise anything
-        if len(requests) > 1:
-            return [result for request in requests for result in _run(servable, [request])]
-        return [Refusal("model_refused", f"the model cannot take these inputs: {type(error).__name__}: {error}")]
-    ends = np.cumsum([len(next(iter(request.values()))) for request in requests])[:-1]
-    parts = {name: np.split(output, ends) for name, output in outputs.items()}
-    return [{name: parts[name][index] for name in outputs} for index in range(len(requests))]
+
+@dataclass(frozen=True)
+class _Limits:
+    """Rows of a batch; requests that may wait, and their bytes."""
+
+    rows: int
+    requests: int
+    size_bytes: int
+
+
+def _timed_out(error: BadVersion) -> Refusal:
+    return Refusal(Code.FORWARD_TIMEOUT, f"{error.detail}; this version is given up, try again for another one")

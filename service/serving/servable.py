@@ -1,15 +1,20 @@
-"""A servable: one proven version, ready to answer. It never changes; going live is a reference to it being assigned."""
+"""A servable: one proven version, ready to answer. Going live is a reference to it being assigned."""
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from emaswap import Manifest, Signature
+from emaswap import BadVersion, Manifest, Signature
+from emaswap.versions import proof
+from emaswap.versions.probe import Probe
+from emaswap.versions.signature import Bound
 
 Rows = dict[str, NDArray[np.generic]]
 """A batch by input or output name, rows first."""
@@ -17,13 +22,19 @@ Rows = dict[str, NDArray[np.generic]]
 
 @dataclass(frozen=True, eq=False)
 class Servable:
-    """A module with verified weights, and the manifest that tells whose they are."""
+    """A module with verified weights, its probe, and the manifest that tells whose they are.
+
+    Modules may keep things on `self` between two lines of `forward`, so only one thread at a time may run one. The
+    servable sees to that: run its module through its methods alone.
+    """
 
     manifest: Manifest
     module: nn.Module
+    probe: Probe
     device: torch.device
     loaded_at: datetime
     drift: float | None = None
+    _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @property
     def version(self) -> int:
@@ -45,19 +56,56 @@ class Servable:
         """Seconds from the publisher's clock at the commit to this one's when the version was ready."""
         return (self.loaded_at - self.manifest.created_at).total_seconds()
 
+    @cached_property
+    def _bound(self) -> Bound:
+        return self.signature.bind(self.module)
+
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> Rows:
-        """The outputs for a batch, by name. Raises whatever the module raises."""
-        with torch.inference_mode():
+        """Return the outputs for a batch, by name. Raises whatever the module raises."""
+        with self._turn, torch.inference_mode():
             batch = {
                 field.name: torch.from_numpy(inputs[field.name]).to(self.device, field.torch_dtype)
                 for field in self.signature.inputs
             }
-            outputs = self.signature.run(self.module, batch)
-            return {name: _to_numpy(output) for name, output in outputs.items()}
+            outputs = self._bound(batch)
+            return {name: _to_numpy(name, output) for name, output in outputs.items()}
+
+    def prove(self) -> None:
+        """Replay the version's own probe once more. Raises `BadVersion` when it does not answer as it was recorded."""
+        with self._turn:
+            proof.replay(self.manifest, self.probe, self.module, device=self.device)
+
+    def answers_to(self, probe: Probe, *, wait_s: float = 1.0) -> dict[str, Tensor] | None:
+        """Return the outputs for another version's probe, which must fit this one's signature.
+
+        Where it asks the same as this version's own probe, nothing is run. `None` when the module cannot run it, or
+        when requests keep it busy for `wait_s` seconds.
+        """
+        if _same(probe.inputs, self.probe.inputs):
+            return self.probe.outputs
+        if not self._turn.acquire(timeout=wait_s):
+            return None
+        try:
+            outputs = probe.replay(self.module, self.signature)
+            # Copies, because a module may write its next outputs over these.
+            return {name: output.clone() for name, output in outputs.items()}
+        except BadVersion:
+            return None
+        finally:
+            self._turn.release()
 
 
-def _to_numpy(output: torch.Tensor) -> NDArray[np.generic]:
+def _same(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return tensors.keys() == others.keys() and all(
+        tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]) for name, tensor in tensors.items()
+    )
+
+
+def _to_numpy(name: str, output: Tensor) -> NDArray[np.generic]:
+    """Return a copy, because a module may write its next outputs over this one."""
     if output.dtype == torch.bfloat16:
         output = output.float()
-    array: NDArray[np.generic] = output.cpu().numpy()
-    return np.ascontiguousarray(array)
+    array: NDArray[np.generic] = output.numpy(force=True)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"output {name!r} is {array.dtype}, expected numbers or booleans")
+    return array.copy()

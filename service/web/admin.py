@@ -3,13 +3,12 @@
 import hmac
 import shlex
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
-from emaswap import EmaswapError, Missing, Pin, ReadOnly, Reason, StoreError
+from emaswap import EmaswapError, Missing, ReadOnly, Reason, StoreError
 from service.control.lifecycle import History, State
 from service.control.watcher import Watcher
-from service.refusal import Refusal
+from service.refusal import Code, Refusal
 from service.web.schemas import PinState
 
 _MIN_TOKEN_BYTES = 8
@@ -26,10 +25,12 @@ class Admin:
     def authorize(self, authorization: str | None) -> None:
         """Raises `Refusal` unless the `Authorization` header carries the token."""
         if self._token is None:
-            raise Refusal("admin_is_off", "start the service with --admin-token-file FILE to turn this on")
+            raise Refusal(Code.ADMIN_IS_OFF, "start the service with --admin-token-file FILE to turn this on")
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), self._token):
-            raise Refusal("unauthorized", "expected the header Authorization: Bearer TOKEN with the operators' token")
+            raise Refusal(
+                Code.UNAUTHORIZED, "expected the header Authorization: Bearer TOKEN with the operators' token"
+            )
 
     async def pin(self, version: int, reason: str) -> PinState:
         """Pin a version, and wait until it is live (or turned out not to be servable)."""
@@ -37,16 +38,20 @@ class Admin:
         record = self._history.get(version)
         # A stale term is no fault of the version's own: an operator may overrule it.
         if record and record.state is State.REJECTED and record.reason is not Reason.STALE_TERM:
-            raise Refusal("version_was_rejected", f"version {version} was rejected: {record.reason}: {record.detail}")
+            raise Refusal(
+                Code.VERSION_WAS_REJECTED, f"version {version} was rejected: {record.reason}: {record.detail}"
+            )
         store = self._watcher.store
-        pin = Pin(version=version, reason=reason, at=datetime.now(UTC))
-        await self._write(lambda: store.set_pin(pin), f"emaswap pin --store {shlex.quote(store.location)} {version}")
+        await self._write(
+            lambda: store.orders.set_pin(version, reason),
+            f"emaswap pin --store {shlex.quote(store.location)} {version}",
+        )
         return await self.refresh()
 
     async def unpin(self) -> PinState:
         """Remove the pin, and wait until the newest version is live."""
         store = self._watcher.store
-        await self._write(store.clear_pin, f"emaswap unpin --store {shlex.quote(store.location)}")
+        await self._write(store.orders.clear_pin, f"emaswap unpin --store {shlex.quote(store.location)}")
         return await self.refresh()
 
     async def refresh(self) -> PinState:
@@ -55,20 +60,23 @@ class Admin:
         live = self._watcher.slot.current
         return PinState(pin=self._watcher.pin, live=live.version if live else None, status=self._watcher.status)
 
-    async def _write(self, change: Callable[[], None], command: str) -> None:
+    async def _write(self, change: Callable[[], object], command: str) -> None:
         store = self._watcher.store
-        if store.watch_path is None:
-            raise Refusal("store_unreachable", self._watcher.status)
-        if not await self._watcher.on_thread(store.is_writable):
-            raise Refusal("store_is_read_only", f"this service may not write the store; where one may, run: {command}")
+        try:
+            if not await self._watcher.on_thread(store.is_writable):
+                raise ReadOnly("this service may not write the store")
+        except ReadOnly as error:
+            raise Refusal(Code.STORE_IS_READ_ONLY, f"{error}; where one may, run: {command}") from None
+        except StoreError as error:
+            raise Refusal(Code.STORE_UNREACHABLE, str(error)) from None
         try:
             await self._watcher.on_thread(change)
         except Missing as error:
-            raise Refusal("unknown_version", str(error)) from None
+            raise Refusal(Code.UNKNOWN_VERSION, str(error)) from None
         except ReadOnly as error:
-            raise Refusal("store_is_read_only", f"{error}; where one may, run: {command}") from None
+            raise Refusal(Code.STORE_IS_READ_ONLY, f"{error}; where one may, run: {command}") from None
         except StoreError as error:
-            raise Refusal("store_unreachable", str(error)) from None
+            raise Refusal(Code.STORE_UNREACHABLE, str(error)) from None
 
 
 def read_token(file: Path | None) -> bytes | None:

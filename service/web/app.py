@@ -1,31 +1,21 @@
-"""The application: wires the parts together. The lifespan owns what must be started and closed."""
+"""The FastAPI application over the parts of a service. Its lifespan starts and stops them."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-import torch
-from fastapi import APIRouter, FastAPI, Header, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, FastAPI, Header
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from emaswap import __version__, open_store
-from emaswap.device import pick_device
-from service.control.lifecycle import History
-from service.control.loader import Loader
-from service.control.watcher import Watcher
-from service.metrics import Metrics
-from service.refusal import Refusal
-from service.serving.batcher import Batcher
-from service.serving.slot import Slot
+from emaswap import __version__
+from service.parts import Service
 from service.settings import ServiceSettings
+from service.web import refused
 from service.web.admin import Admin, read_token
 from service.web.predict import Predict
 from service.web.schemas import (
@@ -46,74 +36,38 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code 
 _MAX_ADMIN_BODY_BYTES = 64 << 10
 
 
-class Service:
-    """The parts of one running service, and whether it is draining."""
-
-    def __init__(self, settings: ServiceSettings) -> None:
-        """Raises `EmaswapError` when a setting cannot be met: a store of an unknown kind, no such device, no token."""
-        self.settings = settings
-        self.draining = False
-        self.slot = Slot()
-        self.history = History()
-        self.metrics = Metrics(self.slot)
-        self.batcher = Batcher(
-            self.slot,
-            self.metrics,
-            max_rows=settings.max_batch_rows,
-            max_waiting=settings.max_waiting,
-            max_waiting_bytes=settings.max_waiting_bytes,
-        )
-        loader = Loader(
-            open_store(settings.store),
-            trusted=settings.trusted,
-            device=pick_device(settings.device),
-            variant=settings.variant,
-        )
-        self.watcher = Watcher(self.slot, loader, self.history, self.metrics, poll_s=settings.poll_s)
-        self.admin = Admin(self.watcher, self.history, read_token(settings.admin_token_file))
-        self.predict = Predict(
-            self.slot,
-            self.batcher,
-            self.metrics,
-            settings,
-            status=lambda: self.watcher.status,
-            draining=lambda: self.draining,
-        )
-
-    @contextlib.asynccontextmanager
-    async def running(self, _: FastAPI) -> AsyncIterator[None]:
-        """Follow the store for as long as the application runs."""
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
-        watching = asyncio.create_task(self.watcher.run(), name="watcher")
-        try:
-            yield
-        finally:
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
-            self.watcher.close()
-            self.batcher.close()
-
-
 def create_app(settings: ServiceSettings) -> FastAPI:
     """The ASGI application for these settings."""
     service = Service(settings)
+    admin = Admin(service.watcher, service.history, read_token(settings.admin_token_file))
+    predict = Predict(
+        service.slot,
+        service.batcher,
+        service.serving_metrics,
+        settings,
+        status=lambda: service.watcher.status,
+        draining=lambda: service.draining,
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
     app = FastAPI(
         title="emaswap",
         version=__version__,
         description="The EMA weights of a running training job. Every answer names the version that made it.",
-        lifespan=service.running,
+        lifespan=lifespan,
         responses=_PROBLEMS,
     )
     app.state.service = service
-    app.router.routes.append(_predict_route(service.predict))
+    app.state.predict = predict
+    app.router.routes.append(_predict_route(predict))
     app.include_router(_model_routes(service))
-    app.include_router(_admin_routes(service))
+    app.include_router(_admin_routes(admin))
     app.include_router(_probe_routes(service))
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
+    refused.install(app)
     return app
 
 
@@ -138,7 +92,7 @@ def _model_routes(service: Service) -> APIRouter:
         """Everything known about the live version."""
         live = service.slot.current
         if live is None:
-            raise Refusal("no_live_version", f"no version is live yet: {service.watcher.status}")
+            raise refused.no_live_version(service.watcher.status)
         return LiveVersion.of(live, service.watcher.pin, datetime.now(UTC))
 
     @routes.get("/versions")
@@ -150,12 +104,12 @@ def _model_routes(service: Service) -> APIRouter:
     return routes
 
 
-def _admin_routes(service: Service) -> APIRouter:
+def _admin_routes(admin: Admin) -> APIRouter:
     class Guarded(APIRoute):
         """A route whose body is not even read before the token is checked."""
 
         async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-            service.admin.authorize(Headers(scope=scope).get("authorization"))
+            admin.authorize(Headers(scope=scope).get("authorization"))
             await super().handle(scope, receive, send)
 
     routes = APIRouter(prefix="/model", tags=["operators"], route_class=Guarded)
@@ -163,17 +117,17 @@ def _admin_routes(service: Service) -> APIRouter:
     @routes.post("/pin", max_body_size=_MAX_ADMIN_BODY_BYTES)
     async def pin(request: PinRequest) -> PinState:
         """Serve this version, whatever is newer, until the pin is removed. It holds across restarts and replicas."""
-        return await service.admin.pin(request.version, request.reason)
+        return await admin.pin(request.version, request.reason)
 
     @routes.delete("/pin")
     async def unpin() -> PinState:
         """Return to the newest version."""
-        return await service.admin.unpin()
+        return await admin.unpin()
 
     @routes.post("/refresh")
     async def refresh() -> PinState:
         """Look at the store now."""
-        return await service.admin.refresh()
+        return await admin.refresh()
 
     return routes
 
@@ -197,33 +151,6 @@ def _probe_routes(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """All metrics in the text format of Prometheus."""
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return routes
-
-
-def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": code, "detail": detail}, status, headers)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _problem(error.status, error.code, error.detail, error.headers)
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-    refusal = Refusal("invalid_request", "; ".join(problems))
-    return _problem(refusal.status, refusal.code, refusal.detail)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = str(error.detail).lower().replace(" ", "_")
-    return _problem(
-        error.status_code,
-        code,
-        f"{request.method} {request.url.path}: {error.detail}; see /docs",
-        dict(error.headers or {}),
-    )

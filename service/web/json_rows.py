@@ -1,4 +1,4 @@
-"""From a request's JSON to arrays that fit a signature, or a refusal that says which row does not, and why."""
+"""Rows as JSON: from a request to arrays that fit the signature, and from outputs to an answer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,50 +8,84 @@ import orjson
 from numpy.typing import NDArray
 
 from emaswap import Signature, TensorField
-from service.refusal import Refusal
+from service.refusal import Code, Refusal
+from service.serving.batcher import Answer
 from service.serving.servable import Rows
 
 # numpy has no bfloat16: such an input is parsed as float32 and narrowed by torch.
 _NUMPY_DTYPES = {"bfloat16": np.dtype("float32")}
-
 
 # What torch rounds to infinity: half a step above the largest bfloat16.
 _BFLOAT16_END = float.fromhex("0x1.FFp127")
 
 
 def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
-    """The inputs of a request body, by name and in the signature's order. Raises `Refusal`."""
+    """Return the inputs that a request's body holds, by name and in the signature's order.
+
+    Raises `Refusal`, which names the first row that does not fit, what was expected of it and what came.
+    """
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise Refusal("invalid_json", f"the body is not JSON: {error}") from None
+        raise Refusal(Code.INVALID_JSON, f"the body is not JSON: {error}") from None
     if not isinstance(request, dict) or "inputs" not in request:
-        raise Refusal("invalid_inputs", f'expected an object {{"inputs": [row, ...]}}, got {_kind(request)}')
+        raise Refusal(Code.INVALID_INPUTS, f'expected an object {{"inputs": [row, ...]}}, got {_kind(request)}')
     inputs, fields = request["inputs"], signature.inputs
     names = [field.name for field in fields]
     quotes = 2 + 2 * len(fields)
     if not isinstance(inputs, dict):
         if len(fields) > 1:
-            raise Refusal("invalid_inputs", f"expected inputs by name: {names}, got {_kind(inputs)}")
+            raise Refusal(Code.INVALID_INPUTS, f"expected inputs by name: {names}, got {_kind(inputs)}")
         inputs, quotes = {names[0]: inputs}, 2
     if inputs.keys() != set(names):
-        raise Refusal("invalid_inputs", f"expected the inputs {names}, got {_keys(inputs)}")
+        raise Refusal(Code.INVALID_INPUTS, f"expected the inputs {names}, got {_keys(inputs)}")
 
     counts = {name: _count(name, inputs[name]) for name in names}
     if len(set(counts.values())) > 1:
-        raise Refusal("wrong_shape", f"expected as many rows of each input, got {counts}")
+        raise Refusal(Code.WRONG_SHAPE, f"expected as many rows of each input, got {counts}")
     if (rows := counts[names[0]]) > max_rows:
-        raise Refusal("too_many_rows", f"expected at most {max_rows} rows in a request, got {rows}: send several")
+        raise Refusal(Code.TOO_MANY_ROWS, f"expected at most {max_rows} rows in a request, got {rows}: send several")
 
-    # Text would make numpy allocate the longest text's length for every value, and true beside a number is 1 to it.
-    # Both leave traces in the body, and looking for them there costs next to nothing.
+    # For text, numpy would allocate the longest text's length for every value; beside a number, it takes true for 1.
+    # Both leave traces in the body, where they are quickly found.
     suspicious = body.count(b'"') > quotes or b"true" in body or b"false" in body
     return {field.name: _array(inputs[field.name], field, suspicious=suspicious) for field in fields}
 
 
+def encode(answer: Answer) -> bytes:
+    """Return the body of an answer: outputs, predictions where there are labels, and the version that made them.
+
+    Raises `Refusal` when there are not as many outputs as labels.
+    """
+    servable, outputs = answer.servable, answer.outputs
+    body: dict[str, Any] = {"outputs": outputs if len(outputs) > 1 else next(iter(outputs.values()))}
+    if servable.signature.labels is not None:
+        body["predictions"] = _predictions(next(iter(outputs.values())), servable.signature.labels)
+    body["model"] = {
+        "name": servable.manifest.model,
+        "version": servable.version,
+        "step": servable.manifest.training.step,
+        "digest": servable.digest,
+    }
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str, object]]:
+    """Return the likeliest label of each row, and its softmax probability."""
+    if logits.shape[1] != len(labels):
+        raise Refusal(Code.MODEL_REFUSED, f"the model gave {logits.shape[1]} outputs a row for {len(labels)} labels")
+    # Whole numbers would wrap around.
+    logits = logits.astype(np.promote_types(logits.dtype, np.float32))
+    best = logits.argmax(axis=1)
+    with np.errstate(invalid="ignore"):
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores = (shifted / shifted.sum(axis=1, keepdims=True))[np.arange(len(best)), best]
+    return [{"label": labels[index], "score": score} for index, score in zip(best.tolist(), scores, strict=True)]
+
+
 def _count(name: str, rows: Any) -> int:
     if not isinstance(rows, list) or not rows:
-        raise Refusal("wrong_shape", f"input {name!r}: expected a list of at least one row, got {_kind(rows)}")
+        raise Refusal(Code.WRONG_SHAPE, f"input {name!r}: expected a list of at least one row, got {_kind(rows)}")
     return len(rows)
 
 
@@ -71,7 +105,7 @@ def _array(rows: list[Any], field: TensorField, *, suspicious: bool) -> NDArray[
 
 
 def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None:
-    """The array in the field's dtype; `None` when a value is of another kind or out of range."""
+    """Return the array in the field's dtype, or `None` when a value is of another kind or out of range."""
     dtype = _numpy_dtype(field)
     if array.size == 0:
         return array.astype(dtype)
@@ -85,7 +119,7 @@ def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None
             finite &= np.abs(cast) < _BFLOAT16_END
         if not finite.all():
             row = int(np.argwhere(~finite)[0][0])
-            raise Refusal("not_finite", f"input {field.name!r}, row {row}: a value is too large for {field.dtype}")
+            raise Refusal(Code.NOT_FINITE, f"input {field.name!r}, row {row}: a value is too large for {field.dtype}")
         return cast
     if array.dtype.kind not in ("b" if dtype.kind == "b" else "iu"):
         return None
@@ -97,28 +131,28 @@ def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None
 
 
 def _blame(rows: list[Any], field: TensorField) -> Refusal:
-    """The refusal that names the first row which does not fit, once it is known that one does not."""
+    """Return the refusal that names the first row which does not fit, once it is known that one does not."""
     first: tuple[int, ...] | None = None
     for index, row in enumerate(rows):
         _refuse_strangers(row, index, field)
         try:
             shape = np.asarray(row).shape
         except (ValueError, OverflowError):
-            return Refusal("wrong_shape", f"input {field.name!r}, row {index}: expected {field}, got a ragged list")
+            return Refusal(Code.WRONG_SHAPE, f"input {field.name!r}, row {index}: expected {field}, got a ragged list")
         if not field.accepts(shape):
-            return Refusal("wrong_shape", f"input {field.name!r}, row {index}: expected {field}, got shape {shape}")
+            return Refusal(Code.WRONG_SHAPE, f"input {field.name!r}, row {index}: expected {field}, got shape {shape}")
         if first is not None and shape != first:
             return Refusal(
-                "wrong_shape",
-                f"input {field.name!r}, row {index}: its shape {shape} is not that of the rows before it, {first}; "
+                Code.WRONG_SHAPE,
+                f"input {field.name!r}, row {index}: expected the shape of the rows before it, {first}, got {shape}; "
                 "send rows of different sizes in requests of their own",
             )
         first = shape
-    return Refusal("wrong_dtype", f"input {field.name!r}: expected {field}, got values that have no dtype in common")
+    return Refusal(Code.WRONG_DTYPE, f"input {field.name!r}: expected {field}, got values of mixed types")
 
 
 def _refuse_strangers(row: Any, index: int, field: TensorField) -> None:
-    """Raises `Refusal` for the first value in a row that the field's dtype does not have."""
+    """Raise `Refusal` for the first value in a row that the field's dtype cannot hold."""
     dtype = _numpy_dtype(field)
     limits = np.iinfo(dtype) if dtype.kind in "iu" else None
     kinds = (bool,) if dtype.kind == "b" else (int,) if limits else (int, float)
@@ -134,7 +168,7 @@ def _refuse_strangers(row: Any, index: int, field: TensorField) -> None:
 
 
 def _wrong_dtype(field: TensorField, row: int, came: str) -> Refusal:
-    return Refusal("wrong_dtype", f"input {field.name!r}, row {row}: expected {field}, got {came}")
+    return Refusal(Code.WRONG_DTYPE, f"input {field.name!r}, row {row}: expected {field}, got {came}")
 
 
 def _numpy_dtype(field: TensorField) -> np.dtype[Any]:
@@ -142,7 +176,7 @@ def _numpy_dtype(field: TensorField) -> np.dtype[Any]:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's words, and short whatever its size."""
+    """Describe a JSON value in JSON's words, in few of them whatever its size."""
     if isinstance(value, Mapping):
         return f"an object with the keys {_keys(value)}"
     if isinstance(value, list):

@@ -6,28 +6,33 @@ Going through FastAPI's parameters and response models would cost more than ever
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
-import orjson
-from numpy.typing import NDArray
+import structlog
 from starlette.types import Receive, Scope, Send
 
 from emaswap import Signature
-from service.metrics import Metrics
-from service.refusal import Refusal
-from service.serving.batcher import Answer, Batcher, SignatureChanged
-from service.serving.servable import Servable
+from service.logs import Seldom
+from service.refusal import Code, Refusal
+from service.serving.batcher import Answer, Batcher, Superseded
+from service.serving.metrics import ServingMetrics
+from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
-from service.web.json_rows import parse
+from service.web import refused
+from service.web.body import ClientGone, closed, read
+from service.web.json_rows import encode, parse
 
-# Larger bodies are parsed on a thread, so that they do not hold up everybody else.
-_PARSE_INLINE_BYTES = 64 << 10
+log = structlog.get_logger("emaswap.service")
 
+Result = TypeVar("Result")
 
-class _ClientGone(Exception):
-    """The client closed the connection before its request was whole."""
+# What is larger is parsed and encoded on a thread.
+_INLINE_BYTES = 64 << 10
+# Only clients that wait longer are watched for leaving: most have their answer by then.
+_PATIENCE_S = 0.02
+# Versions that may be replaced under one request before it is told to come again.
+_ATTEMPTS = 3
 
 
 class Predict:
@@ -37,7 +42,7 @@ class Predict:
         self,
         slot: Slot,
         batcher: Batcher,
-        metrics: Metrics,
+        metrics: ServingMetrics,
         settings: ServiceSettings,
         *,
         status: Callable[[], str],
@@ -50,33 +55,36 @@ class Predict:
         self.settings = settings
         self.status = status
         self.draining = draining
+        self._seldom = Seldom()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
             answer = await self._answer(headers, receive)
-            status, body = 200, encode(answer)
-            extra = identity_headers(answer.servable)
-        except Refusal as refusal:
-            status, body = refusal.status, orjson.dumps({"error": refusal.code, "detail": refusal.detail})
-            extra = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
-        except _ClientGone:
+            size = sum(output.nbytes for output in answer.outputs.values())
+            status, body = 200, await _aside(size, lambda: encode(answer))
+            named = refused.identity(answer.servable)
+        except ClientGone:
             return
+        except (Refusal, MemoryError) as error:
+            refusal = error if isinstance(error, Refusal) else self._short_of_memory()
+            status, body = refused.STATUS[refusal.code], refused.body(refusal)
+            named = refused.headers(refusal)
         except Exception:
-            # It is a fault of ours, which the server answers with 500; the alert on errors must see it.
+            # A fault of ours, which the server answers with 500. The alert on errors must see it.
             self.metrics.answered(500, time.perf_counter() - began)
             raise
         # A body that was not read to its end would be taken for the next request.
         if self.draining() or status in (408, 413):
-            extra.append((b"connection", b"close"))
+            named["Connection"] = "close"
         start = {
             "type": "http.response.start",
             "status": status,
             "headers": [
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
-                *extra,
+                *((name.lower().encode(), value.encode()) for name, value in named.items()),
             ],
         }
         await send(start)
@@ -88,101 +96,77 @@ class Predict:
         kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
         if kind != b"application/json" or headers.get(b"content-encoding", b"identity") != b"identity":
             came = b" ".join(headers[name] for name in (b"content-type", b"content-encoding") if name in headers)
-            raise Refusal("unsupported_media_type", f"expected plain application/json, got {came.decode('latin-1')!r}")
-        body = await self._read(headers, receive)
-        while True:
+            raise Refusal(
+                Code.UNSUPPORTED_MEDIA_TYPE, f"expected plain application/json, got {came.decode('latin-1')!r}"
+            )
+        body = await read(
+            receive,
+            headers.get(b"content-length", b""),
+            max_bytes=self.settings.max_body_bytes,
+            timeout_s=self.settings.body_timeout_s,
+        )
+        alone = False
+        for _ in range(_ATTEMPTS):
             servable = self._live(wanted)
             inputs = await self._parse(body, servable.signature)
             try:
-                answer = await self.batcher.predict(inputs, servable.signature)
-            except SignatureChanged:
+                answer = await self._wait(self.batcher.submit(inputs, servable.signature, alone=alone), receive)
+            except Superseded as error:
+                alone = alone or error.broken
                 continue
             if wanted and answer.servable.version < wanted:  # rolled back while the request waited
-                raise _too_old(answer.servable, wanted)
+                raise refused.TooOld(answer.servable, wanted)
             return answer
+        raise Refusal(
+            Code.VERSION_CHANGED, f"the live version was replaced {_ATTEMPTS} times while this request waited"
+        )
+
+    async def _wait(self, answer: "asyncio.Future[Answer]", receive: Receive) -> Answer:
+        """Wait for the answer for as long as the client does. Raises `ClientGone` when it has closed the connection."""
+        watch: asyncio.Task[None] | None = None
+
+        def begin() -> None:
+            nonlocal watch
+            watch = asyncio.create_task(closed(receive), name="closed")
+            watch.add_done_callback(leave)
+
+        def leave(_: asyncio.Task[None]) -> None:
+            if not answer.done():
+                answer.set_exception(ClientGone())
+                self.batcher.drop(answer)
+
+        timer = asyncio.get_running_loop().call_later(_PATIENCE_S, begin)
+        try:
+            return await answer
+        finally:
+            timer.cancel()
+            if watch is not None:
+                watch.cancel()
 
     def _live(self, wanted: int) -> Servable:
         servable = self.slot.current
         if servable is None:
-            raise Refusal("no_live_version", f"no version is live yet: {self.status()}")
+            raise refused.no_live_version(self.status())
         if servable.version < wanted:
-            raise _too_old(servable, wanted)
+            raise refused.TooOld(servable, wanted)
         return servable
 
-    async def _parse(self, body: bytes, signature: Signature) -> dict[str, NDArray[np.generic]]:
-        if len(body) <= _PARSE_INLINE_BYTES:
-            return parse(body, signature, self.settings.max_batch_rows)
-        return await asyncio.to_thread(parse, body, signature, self.settings.max_batch_rows)
+    async def _parse(self, body: bytes, signature: Signature) -> Rows:
+        return await _aside(len(body), lambda: parse(body, signature, self.settings.max_batch_rows))
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The body, if it is neither too large nor too slow."""
-        limit = self.settings.max_body_bytes
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
-            raise Refusal("body_too_large", f"expected at most {limit} bytes, got {int(length)}")
-        parts: list[bytes] = []
-        size, more = 0, True
-        try:
-            async with asyncio.timeout(self.settings.body_timeout_s):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _ClientGone
-                    parts.append(message["body"])
-                    size += len(message["body"])
-                    if size > limit:
-                        raise Refusal("body_too_large", f"expected at most {limit} bytes, got more")
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            raise Refusal("body_timeout", f"the body did not end within {self.settings.body_timeout_s:g} s") from None
-        return b"".join(parts)
+    def _short_of_memory(self) -> Refusal:
+        if (skipped := self._seldom.skipped()) is not None:
+            log.warning("memory ran out outside of the model", lines_left_out=skipped)
+        return Refusal(Code.OUT_OF_MEMORY, "memory ran out; try again later, or send fewer rows")
 
 
-def encode(answer: Answer) -> bytes:
-    """The body of an answer: outputs, predictions where the signature has labels, and which version made them."""
-    servable = answer.servable
-    outputs = answer.outputs
-    body: dict[str, Any] = {"outputs": outputs if len(outputs) > 1 else next(iter(outputs.values()))}
-    if servable.signature.labels is not None:
-        body["predictions"] = _predictions(next(iter(outputs.values())), servable.signature.labels)
-    body["model"] = {
-        "name": servable.manifest.model,
-        "version": servable.version,
-        "step": servable.manifest.training.step,
-        "digest": servable.digest,
-    }
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def identity_headers(servable: Servable) -> list[tuple[bytes, bytes]]:
-    """The version and the digest, for a proxy or a client that does not want to parse the body."""
-    return [
-        (b"x-model-version", str(servable.version).encode()),
-        (b"x-model-digest", servable.digest.encode()),
-    ]
-
-
-def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str, object]]:
-    """The likeliest label of each row, and its softmax probability."""
-    if logits.shape[1] != len(labels):
-        raise Refusal("model_refused", f"the model gave {logits.shape[1]} outputs a row for {len(labels)} labels")
-    best = logits.argmax(axis=1)
-    with np.errstate(invalid="ignore"):
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        scores = (shifted / shifted.sum(axis=1, keepdims=True))[np.arange(len(best)), best]
-    return [{"label": labels[index], "score": score} for index, score in zip(best.tolist(), scores, strict=True)]
+async def _aside(size_bytes: int, work: Callable[[], Result]) -> Result:
+    """Do work of a size here where it is small, else on a thread, where it does not hold up everybody else."""
+    return work() if size_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
 
 
 def _min_version(headers: dict[bytes, bytes]) -> int:
     text = headers.get(b"x-min-model-version", b"0")
     if not text.isdigit() or len(text) > 15:
-        raise Refusal("invalid_header", f"X-Min-Model-Version: expected a version number, got {text[:40]!r}")
+        raise Refusal(Code.INVALID_HEADER, f"X-Min-Model-Version: expected a version number, got {text[:40]!r}")
     return int(text)
-
-
-def _too_old(servable: Servable, wanted: int) -> Refusal:
-    return Refusal(
-        "version_too_old",
-        f"expected version {wanted} or later, version {servable.version} is live; try again when it has arrived",
-        {"X-Model-Version": str(servable.version), "X-Model-Digest": servable.digest},
-    )

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from emaswap import Pin, Reason, Signature
-from emaswap.versions.manifest import Architecture, EmaInfo, TrainingInfo
+from emaswap.versions.architecture import Architecture
+from emaswap.versions.manifest import EmaInfo, TrainingInfo
 from service.control.lifecycle import Record, State
 from service.serving.servable import Servable
 

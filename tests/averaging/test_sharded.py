@@ -1,12 +1,10 @@
 """Averages of models that several processes train: in shards (FSDP2), or each the whole (DDP, compiled)."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.serving import ROOT
+from tests.programs import Program
 from tests.shards import CHECKS, RANKS
 
 
@@ -16,10 +14,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ranks")
     logs = [(folder / f"{rank}.log").open("w+") for rank in range(RANKS)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.shards", str(rank), str(folder)], cwd=ROOT, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
+        Program("-m", "tests.shards", str(rank), str(folder), stdout=log, stderr=log) for rank, log in enumerate(logs)
     ]
     try:
         for rank, log in zip(ranks, logs, strict=True):

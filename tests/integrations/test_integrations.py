@@ -1,7 +1,10 @@
-"""What the integrations have in common, under a loop of our own; `tests/peers` has each under its framework."""
+"""What the integrations share, in a loop of our own; `tests/peers` runs each one under its framework."""
 
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,24 @@ import pytest
 import torch
 from torch import nn
 
-from emaswap import Architecture, BadVersion, Constant, DirectoryStore, EmaswapError, Fenced, ModelEMA
+from emaswap import Architecture, BadVersion, Constant, DirectoryStore, EmaswapError, Fenced, ModelEMA, PublishError
 from emaswap.integrations import sidecar
 from emaswap.integrations.bridge import Averaging
+from emaswap.integrations.shield import shield
 from emaswap.integrations.ultralytics import publish_from
 from tests.conftest import Publish
 from tests.models import Linear
 from tests.serving import wait_for
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises `KeyboardInterrupt`, whatever other tests have made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def averaging(store: DirectoryStore, **options: Any) -> Averaging:
@@ -29,7 +41,7 @@ def averaging(store: DirectoryStore, **options: Any) -> Averaging:
         "decay": Constant(0.5),
         "every_n_steps": 2,
     }
-    return Averaging(store, model="test", **settings | options)
+    return Averaging(store, name="test", **settings | options)
 
 
 def train(bridge: Averaging, model: nn.Module, *, steps: int, micro_batches: int = 1, step: int = 0) -> None:
@@ -54,7 +66,7 @@ def steps_of(store: DirectoryStore) -> list[int]:
 
 
 def test_a_loop_publishes_every_so_many_steps_and_at_the_end(store: DirectoryStore) -> None:
-    """Steps count, and not the micro-batches between them; what is logged and a number travels along."""
+    """Steps count, micro-batches do not; logged values that are numbers travel with the version."""
     bridge = averaging(store, every_n_steps=3)
     train(bridge, Linear(), steps=7, micro_batches=3)
     assert bridge.ema is not None
@@ -66,7 +78,7 @@ def test_a_loop_publishes_every_so_many_steps_and_at_the_end(store: DirectorySto
 
 
 def test_a_step_that_passes_over_the_multiple_is_due(store: DirectoryStore) -> None:
-    """Frameworks count the steps of several optimizers together, so that counts come by twos and threes."""
+    """Frameworks count the steps of several optimizers together, so that a count may rise by two or three."""
     bridge = averaging(store, every_n_steps=10)
     bridge.begin(Linear(), [])
     for step in (3, 6, 9):
@@ -82,7 +94,7 @@ def test_a_step_that_passes_over_the_multiple_is_due(store: DirectoryStore) -> N
 
 
 def test_nothing_new_is_nothing_to_publish(store: DirectoryStore) -> None:
-    """A run that goes on and finds itself at its end adds no version."""
+    """A run that resumes at its end adds no version."""
     bridge = averaging(store)
     bridge.restore(ModelEMA(Linear(), Constant(0.5)).state_dict())
     train(bridge, Linear(), steps=0, step=4)
@@ -90,7 +102,7 @@ def test_nothing_new_is_nothing_to_publish(store: DirectoryStore) -> None:
 
 
 def test_only_one_process_publishes(store: DirectoryStore) -> None:
-    """The others keep their average, and leave the store alone."""
+    """The other processes keep their average and leave the store alone."""
     bridge = averaging(store)
     model = Linear()
     bridge.begin(model, [], publishes=False)
@@ -102,8 +114,8 @@ def test_only_one_process_publishes(store: DirectoryStore) -> None:
     assert not store.newest()
 
 
-def test_where_no_optimizer_is_known_the_steps_count(store: DirectoryStore) -> None:
-    """A step that was told of before is no update."""
+def test_without_an_optimizer_the_steps_count(store: DirectoryStore) -> None:
+    """A step that was reported before is not an update."""
     bridge = averaging(store)
     bridge.begin(Linear(), [])
     for step in (1, 1, 2, 2, 2):
@@ -114,7 +126,7 @@ def test_where_no_optimizer_is_known_the_steps_count(store: DirectoryStore) -> N
 
 
 def test_an_optimizer_of_other_weights_does_not_count(store: DirectoryStore) -> None:
-    """Of several optimizers, that of the averaged part of the model says when there is something new."""
+    """Only the optimizer of the averaged part of the model says when there is something new."""
     model = nn.ModuleDict({"net": Linear(), "critic": Linear()})
     bridge = averaging(store, module="net")
     optimizers = [torch.optim.SGD(model[name].parameters(), lr=0.1) for name in ("net", "critic")]
@@ -131,10 +143,8 @@ def test_an_optimizer_of_other_weights_does_not_count(store: DirectoryStore) -> 
     bridge.finish({})
 
 
-def test_training_that_goes_on_goes_on_with_its_average(
-    store: DirectoryStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The saved average is what it goes on from; a run that has none, though it goes on, is warned."""
+def test_training_that_resumes_resumes_its_average(store: DirectoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    """The average resumes from its saved state; a run that resumes without one gets a warning."""
     bridge, model = averaging(store), Linear()
     train(bridge, model, steps=3)
     later = averaging(store)
@@ -143,13 +153,13 @@ def test_training_that_goes_on_goes_on_with_its_average(
     train(later, model, steps=2, step=3)
     assert later.ema is not None
     assert later.ema.updates == 5
-    assert "its average starts here" not in caplog.text
+    assert "without a saved average" not in caplog.text
     train(averaging(store), model, steps=1, step=5)
-    assert "goes on at step 5, but its average starts here" in caplog.text
+    assert "resumes at step 5 without a saved average" in caplog.text
 
 
-def test_training_again_goes_on_with_the_same_average(store: DirectoryStore) -> None:
-    """A second training of the same model, with the same callback, does not start the average anew; another model does."""
+def test_training_again_continues_the_same_average(store: DirectoryStore) -> None:
+    """A second training of the same model with the same callback keeps the average; another model starts a new one."""
     bridge, model = averaging(store), Linear()
     train(bridge, model, steps=2)
     train(bridge, model, steps=2)
@@ -160,7 +170,7 @@ def test_training_again_goes_on_with_the_same_average(store: DirectoryStore) -> 
 
 
 def test_validation_has_the_average_when_asked_for(store: DirectoryStore) -> None:
-    """Swapped in as often as one likes, and out as often; without the wish nothing is swapped."""
+    """Swapping in or out twice does nothing more; unless asked for, nothing is swapped."""
     for wanted in (True, False):
         bridge, model = averaging(store, validate_with_ema=wanted), Linear()
         bridge.swap_in()  # validation before training
@@ -177,15 +187,14 @@ def test_validation_has_the_average_when_asked_for(store: DirectoryStore) -> Non
 
 
 def test_what_cannot_be_published_is_a_warning(store: DirectoryStore, caplog: pytest.LogCaptureFixture) -> None:
-    """Training goes on to its end whatever publishing says."""
+    """Training continues to its end although nothing can be published."""
     train(averaging(store, architecture=Architecture.of(Linear, outputs=5)), Linear(), steps=4)
     assert "does not build the module that is published" in caplog.text
-    assert "training goes on" in caplog.text
     assert steps_of(store) == []
 
 
 def test_a_fenced_run_ends(store: DirectoryStore, publish: Publish) -> None:
-    """`Fenced` comes through; when training ends by an error, that error alone does."""
+    """`Fenced` is raised, but not when another error has ended training."""
     bridge, model = averaging(store), Linear()
     bridge.begin(model, [])
     publish()
@@ -193,12 +202,120 @@ def test_a_fenced_run_ends(store: DirectoryStore, publish: Publish) -> None:
     bridge.publish_average({})
     publisher = bridge.publisher
     assert publisher is not None
-    wait_for(lambda: publisher._working is None)
+    wait_for(lambda: publisher.error)
     bridge.advance(4)
     with pytest.raises(Fenced):
         bridge.publish_average({})
     bridge.abandon()
     assert bridge.publisher is None
+
+
+# -- runs that are stopped ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=["Ctrl-C", "exit"])
+def test_a_stopped_run_publishes_its_last_average(store: DirectoryStore, error: BaseException) -> None:
+    """The last average is published although no version was due, and the model has its own weights back."""
+    bridge, model = averaging(store, every_n_steps=100, validate_with_ema=True), Linear()
+    bridge.begin(model, [])
+    with torch.no_grad():
+        model.layer.weight.add_(1)
+    raw = model.layer.weight.clone()
+    bridge.advance(3)
+    bridge.swap_in()
+    bridge.fail(error, {"loss": 1.5})
+    assert steps_of(store) == [3]
+    assert store.manifest(1).training.metrics == {"loss": 1.5}
+    assert torch.equal(model.layer.weight, raw)
+    assert bridge.publisher is None
+
+
+def test_a_failed_run_publishes_nothing_more(store: DirectoryStore) -> None:
+    """The average of a run that crashed is not published; earlier versions stay."""
+    bridge = averaging(store)
+    bridge.begin(Linear(), [])
+    bridge.advance(2)
+    bridge.publish_average({})
+    bridge.advance(4)
+    bridge.fail(RuntimeError("the loss is not finite"), {})
+    assert steps_of(store) == [2]
+    assert bridge.publisher is None
+
+
+def test_a_fenced_stop_is_still_a_stop(store: DirectoryStore, publish: Publish) -> None:
+    """`Fenced` does not replace the Ctrl-C that ends training."""
+    bridge = averaging(store)
+    bridge.begin(Linear(), [])
+    publish()
+    bridge.advance(1)
+    bridge.fail(KeyboardInterrupt(), {})
+    assert steps_of(store) == [0]
+
+
+def test_a_signal_does_not_cut_an_update_in_half(store: DirectoryStore, interruptible: None) -> None:
+    """Ctrl-C in the middle of an update is raised after the update, so that a whole average is published."""
+
+    class Interrupted(ModelEMA):
+        def update(self, model: nn.Module) -> bool:
+            signal.raise_signal(signal.SIGINT)
+            return super().update(model)
+
+    model = Linear()
+    bridge = averaging(store, average=Interrupted)
+    bridge.begin(model, [])
+    with torch.no_grad():
+        model.layer.weight.add_(1)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        bridge.advance(1)
+    bridge.fail(stopped.value, {})
+    manifest = store.manifest(1)
+    assert (manifest.training.step, manifest.ema.updates) == (1, 1)
+    assert bridge.ema is not None
+    assert bridge.ema.updates == 1
+
+
+def test_a_shielded_block_ends_before_a_signal_comes_through(interruptible: None) -> None:
+    """The handler is called after the block has ended, even by an error, and is restored."""
+    before = signal.getsignal(signal.SIGINT)
+    done = []
+
+    def work(error: Exception | None = None) -> None:
+        with shield():
+            signal.raise_signal(signal.SIGINT)
+            done.append("all of it")
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["all of it"]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        work(ValueError())
+    assert isinstance(caught.value.__context__, ValueError)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_shield_in_another_thread_does_nothing() -> None:
+    """Python handles signals in the main thread, and only that thread may set handlers."""
+    done = []
+
+    def work() -> None:
+        with shield():
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [True]
+
+
+# -- settings and frameworks -------------------------------------------------------------------------------------------
+
+
+def test_what_could_never_be_published_is_an_error_when_training_begins(store: DirectoryStore) -> None:
+    """A factory that cannot be built ends training before its first step."""
+    with pytest.raises(PublishError, match="Linear"):
+        averaging(store, architecture=Architecture.of(Linear, width="wide")).begin(Linear(), [])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +326,7 @@ def test_a_fenced_run_ends(store: DirectoryStore, publish: Publish) -> None:
 def test_wrong_settings_are_refused_at_once(
     store: DirectoryStore, options: dict[str, Any], error: type[Exception]
 ) -> None:
-    """Not only when training begins."""
+    """They are refused when the callback is made, not when training begins."""
     with pytest.raises(error):
         averaging(store, **options)
 
@@ -228,8 +345,9 @@ class Yolo:
     class Average:
         """The trainer's average."""
 
-        ema: nn.Module = Linear()
-        updates = 0
+        def __init__(self) -> None:
+            self.ema: nn.Module = Linear()
+            self.updates = 0
 
         def decay(self, updates: int) -> float:
             """Of the update of this number."""
@@ -243,15 +361,25 @@ class Yolo:
         """Have a function called with the trainer at an event."""
         self.callbacks[event] = func
 
-    def train(self, epochs: int) -> None:
-        """Two updates an epoch. After the last one, the best weights are validated, as in another epoch."""
-        self.callbacks["on_train_start"](self)
-        for self.epoch in range(epochs + 1):
-            if self.epoch < epochs:
-                self.ema.updates += 2
-            self.callbacks["on_fit_epoch_end"](self)
-        self.callbacks["on_train_end"](self)
-        self.callbacks["teardown"](self)
+    def train(self, epochs: int, *, error: BaseException | None = None, updating: bool = False) -> None:
+        """Two updates an epoch. After the last one, the best weights are validated, as in another epoch.
+
+        An `error` ends training in the second epoch, after its first update or (`updating`) in the middle of that.
+        """
+        try:
+            self.callbacks["on_train_start"](self)
+            for self.epoch in range(epochs + 1):
+                for _ in range(2 if self.epoch < epochs else 0):
+                    self.ema.updates += 1
+                    if error is not None and self.epoch == 1 and updating:
+                        raise error
+                    self.callbacks["on_train_batch_end"](self)
+                    if error is not None and self.epoch == 1:
+                        raise error
+                self.callbacks["on_fit_epoch_end"](self)
+            self.callbacks["on_train_end"](self)
+        finally:
+            self.callbacks["teardown"](self)
 
 
 @pytest.mark.parametrize(("every", "possible"), [(1, {2, 4, 6}), (2, {4, 6}), (5, {6})])
@@ -259,7 +387,7 @@ def test_ultralytics_epochs(store: DirectoryStore, every: int, possible: set[int
     """A version every so many epochs and one at the end, each once."""
     yolo = Yolo()
     architecture = Architecture.of(Linear)
-    publish_from(yolo, store, model="test", architecture=architecture, probe=ROWS, every_n_epochs=every)
+    publish_from(yolo, store, name="test", architecture=architecture, probe=ROWS, every_n_epochs=every)
     yolo.train(3)
     steps = steps_of(store)
     assert steps[-1] == 6
@@ -268,8 +396,24 @@ def test_ultralytics_epochs(store: DirectoryStore, every: int, possible: set[int
     described = store.manifest(store.newest()).ema
     assert (described.schedule, described.updates) == ("ultralytics", 6)
     assert described.window == pytest.approx(7)
-    with pytest.raises(ValueError, match="every 1 or more"):
-        publish_from(yolo, store, model="test", architecture=architecture, probe=ROWS, every_n_epochs=0)
+    with pytest.raises(ValueError, match="1 or more epochs"):
+        publish_from(yolo, store, name="test", architecture=architecture, probe=ROWS, every_n_epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "updating", "last"),
+    [(KeyboardInterrupt(), False, 3), (KeyboardInterrupt(), True, 2), (RuntimeError("crash"), False, 2)],
+    ids=["Ctrl-C", "Ctrl-C in an update", "a crash"],
+)
+def test_an_ultralytics_run_that_is_stopped(
+    store: DirectoryStore, error: BaseException, last: int, *, updating: bool
+) -> None:
+    """Ctrl-C publishes the average after its last whole update; a crash publishes nothing more."""
+    yolo = Yolo()
+    publish_from(yolo, store, name="test", architecture=Architecture.of(Linear), probe=ROWS)
+    with pytest.raises(type(error)):
+        yolo.train(3, error=error, updating=updating)
+    assert steps_of(store)[-1] == last
 
 
 # -- the file beside a checkpoint --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,10 @@ class Fit:
         self.trainer.train(**options)
         return self
 
+    def raw(self) -> dict[str, Tensor]:
+        """The weights that the model has now."""
+        return dict(self.recorder.module.state_dict())
+
 
 def hooks(**methods: Any) -> Any:
     """A callback with these methods."""
@@ -108,7 +113,7 @@ def test_a_network_of_transformers_is_published(store: DirectoryStore, tmp_path:
     """A BERT, with token ids for its input and named outputs, becomes versions that are proven."""
     averaging = callback(
         store,
-        model="bert",
+        name="bert",
         architecture=Architecture.of(tiny_bert, **BERT),
         probe={"input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)},
         module="",
@@ -165,7 +170,7 @@ def test_a_run_resumed_without_a_saved_average_says_so(
     Fit(tmp_path, num_train_epochs=1, save_strategy="epoch").train()
     averaging = callback(store)
     Fit(tmp_path, averaging).train(resume_from_checkpoint=True)
-    assert "goes on at step 6, but its average starts here" in caplog.text
+    assert "resumes at step 6 without a saved average" in caplog.text
     assert averaging.ema.updates == 6
 
 
@@ -192,7 +197,6 @@ def test_a_publish_that_fails_does_not_end_training(
     fit = Fit(tmp_path, averaging, hooks(on_step_begin=fault)).train()
     assert fit.trainer.state.global_step == 12
     assert "step 4 was not published" in caplog.text
-    assert "training goes on" in caplog.text
     assert [manifest.training.step for manifest in published(store)] in ([8, 12], [12])  # 12 may come before 8 is begun
 
 
@@ -207,6 +211,45 @@ def test_a_fenced_run_ends(store: DirectoryStore, tmp_path: Path) -> None:
     with pytest.raises(Fenced, match="another publisher has taken over"):
         fit.train()
     assert fit.trainer.state.global_step == 8
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "Ctrl-C within a step", "Ctrl-C in an evaluation"])
+def test_a_run_that_is_stopped_publishes_its_last_average(store: DirectoryStore, tmp_path: Path, how: str) -> None:
+    """Stopped between two versions that are due, the run publishes what it has come to, and the interrupt comes through."""
+
+    def stop(args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    event = {
+        "Ctrl-C": "on_step_begin",
+        "Ctrl-C within a step": "on_pre_optimizer_step",
+        "Ctrl-C in an evaluation": "on_prediction_step",
+    }[how]
+    fit = Fit(tmp_path, callback(store, validate_with_ema=True), hooks(**{event: stop}))
+    with pytest.raises(KeyboardInterrupt):
+        fit.train()
+    last = published(store)[-1]
+    assert last.training.step == last.ema.updates == 6
+    assert_close(weights_of(store, last), fit.recorder.averages[6])
+    with pytest.raises(AssertionError):
+        assert_close(fit.raw(), fit.recorder.averages[6])
+
+
+def test_a_run_that_crashes_publishes_nothing_more(store: DirectoryStore, tmp_path: Path) -> None:
+    """An error of training comes through as it is, with the raw weights in the model; its average is not published."""
+
+    def crash(args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 6:
+            raise ValueError("this batch is broken")
+
+    averaging = callback(store, validate_with_ema=True)
+    fit = Fit(tmp_path, averaging, hooks(on_prediction_step=crash))
+    with pytest.raises(ValueError, match="this batch is broken"):
+        fit.train()
+    assert [manifest.training.step for manifest in published(store)] == [4]
+    with pytest.raises(AssertionError):
+        assert_close(fit.raw(), fit.recorder.averages[6])
 
 
 def test_the_average_can_be_evaluated(store: DirectoryStore, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -162,7 +163,7 @@ def test_a_run_resumed_without_a_saved_average_says_so(
     fit(task(), max_epochs=1).save_checkpoint(tmp_path / "without.ckpt")
     averaging = callback(store)
     fit(task(), averaging, ckpt_path=tmp_path / "without.ckpt")
-    assert "goes on at step 6, but its average starts here" in caplog.text
+    assert "resumes at step 6 without a saved average" in caplog.text
     assert averaging.ema.updates == 6
 
 
@@ -178,7 +179,6 @@ def test_a_publish_that_fails_does_not_end_training(store: DirectoryStore, caplo
     trainer = fit(task(), Fault(), averaging)
     assert trainer.global_step == 12
     assert "step 4 was not published" in caplog.text
-    assert "training goes on" in caplog.text
     assert [manifest.training.step for manifest in published(store)] in ([8, 12], [12])  # 12 may come before 8 is begun
 
 
@@ -228,6 +228,50 @@ def test_a_validation_that_fails_leaves_the_raw_weights(store: DirectoryStore) -
     assert [manifest.training.step for manifest in published(store)] == [4]
 
 
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "Ctrl-C within a step"])
+def test_a_run_that_is_stopped_publishes_its_last_average(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Stopped between two versions that are due, the run publishes what it has come to, and ends as Lightning ends it."""
+    from lightning.pytorch import Callback
+
+    class Stopping(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 6 and how != "Ctrl-C within a step":
+                signal.raise_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGINT)
+
+        def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 6 and how == "Ctrl-C within a step":
+                raise KeyboardInterrupt
+
+    # Lightning leaves SIGINT ignored.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    model = task()
+    try:
+        with pytest.raises(SystemExit):
+            fit(model, Stopping(), callback(store))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    last = published(store)[-1]
+    assert last.training.step == last.ema.updates == (7 if how == "SIGTERM" else 6)
+    assert_close(weights_of(store, last), model.recorder.averages[last.training.step])
+
+
+def test_a_run_that_crashes_publishes_nothing_more(store: DirectoryStore) -> None:
+    """An error of training comes through as it is, and the average of a crashed run is not published."""
+    from lightning.pytorch import Callback
+
+    class Crashing(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 6:
+                raise ValueError("this batch is broken")
+
+    with pytest.raises(ValueError, match="this batch is broken"):
+        fit(task(), Crashing(), callback(store))
+    assert [manifest.training.step for manifest in published(store)] == [4]
+
+
 def test_a_trial_run_publishes_nothing(store: DirectoryStore) -> None:
     """What `fast_dev_run` has trained on a batch or two does not come in front of users."""
     store.prepare()
@@ -240,7 +284,7 @@ def test_several_averages_in_one_trainer(store: DirectoryStore, tmp_path: Path) 
 
     def both() -> list[Any]:
         average = partial(ModelEMA, buffers="copy")
-        return [callback(store), callback(tmp_path / "other", model="copies", average=average)]
+        return [callback(store), callback(tmp_path / "other", name="copies", average=average)]
 
     fit(task(), *both(), max_epochs=1).save_checkpoint(tmp_path / "two.ckpt")
     callbacks = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Training:
 def publishing(yolo: Any, store: DirectoryStore, **options: Any) -> None:
     """Publish each epoch's average."""
     settings: dict[str, Any] = {
-        "model": "digits",
+        "name": "digits",
         "architecture": Architecture.of(yolo_classifier),
         "probe": PROBE,
     }
@@ -151,20 +152,19 @@ def test_a_wrapper_that_fails_does_not_end_training(
     training = Training(tmp_path)
     publishing(training.yolo, store, wrap=fails)
     training.run(epochs=1)
-    assert "no such head; training goes on" in caplog.text
+    assert "no such head; training continues" in caplog.text
     assert published(store) == []
 
 
 def test_a_publish_that_fails_does_not_end_training(
     store: DirectoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What cannot be published is a warning each time, and training goes on to its end."""
+    """What cannot be published is a warning each time, and training continues to its end."""
     training = Training(tmp_path)
     publishing(training.yolo, store, architecture=Architecture.of(yolo_classifier, classes=7))
     training.run(epochs=2)
     assert max(training.averages) == 6
     assert "does not build the module that is published" in caplog.text
-    assert "training goes on" in caplog.text
     assert published(store) == []
 
 
@@ -175,7 +175,7 @@ def test_a_fenced_training_ends(store: DirectoryStore, tmp_path: Path) -> None:
     def succeed(trainer: Any) -> None:
         if trainer.epoch == 0:
             architecture = Architecture.of(yolo_classifier)
-            with Publisher(store, model="digits", architecture=architecture, probe=PROBE) as publisher:
+            with Publisher(store, name="digits", architecture=architecture, probe=PROBE) as publisher:
                 publisher.publish(yolo_classifier())
 
     training.yolo.add_callback("on_train_epoch_end", succeed)
@@ -183,6 +183,21 @@ def test_a_fenced_training_ends(store: DirectoryStore, tmp_path: Path) -> None:
     with pytest.raises(Fenced, match="another publisher has taken over"):
         training.run(epochs=30)
     assert max(training.averages) < 90
+
+
+def test_a_run_that_is_stopped_publishes_its_last_average(store: DirectoryStore, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of an epoch publishes the average of the steps made until then."""
+    training = Training(tmp_path)
+
+    def stop(trainer: Any) -> None:
+        if trainer.ema.updates == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    publishing(training.yolo, store)
+    training.yolo.add_callback("on_train_batch_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        training.run()
+    assert [manifest.training.step for manifest in published(store)][-1] == 5
 
 
 def test_a_second_training_publishes_to_the_same_store(store: DirectoryStore, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ DECAY = 0.9
 def callback_settings(**options: Any) -> dict[str, Any]:
     """Those that publish the module `net` every four steps, but for these options."""
     settings: dict[str, Any] = {
-        "model": "digits",
+        "name": "digits",
         "architecture": Architecture.of(DigitsNet, width=4),
         "probe": IMAGES[:2],
         "decay": Constant(DECAY),
@@ -31,7 +31,7 @@ def break_store(store: DirectoryStore, step: int, averaging: Any) -> None:
         weights.rename(away)
         weights.write_text("not a folder")
     if step == 6:
-        wait_until_idle(averaging)
+        wait_until_failed(averaging)
         weights.unlink()
         away.rename(weights)
 
@@ -40,12 +40,12 @@ def take_over(store: DirectoryStore, step: int, averaging: Any) -> None:
     """Called before each step with how many were made: after 2 another publisher has the store, and by 6 ours has seen it."""
     if step == 2:
         architecture = Architecture.of(DigitsNet, width=4)
-        with Publisher(store, model="digits", architecture=architecture, probe=IMAGES[:2]) as publisher:
+        with Publisher(store, name="digits", architecture=architecture, probe=IMAGES[:2]) as publisher:
             publisher.publish(DigitsNet(width=4))
     if step == 6:
-        wait_until_idle(averaging)
+        wait_until_failed(averaging)
 
 
-def wait_until_idle(averaging: Any) -> None:
-    """Return once a callback's publisher is not at any version."""
-    wait_for(lambda: averaging.publisher._working is None)
+def wait_until_failed(averaging: Any) -> None:
+    """Return once a callback's publisher has failed to publish."""
+    wait_for(lambda: averaging.publisher.error)

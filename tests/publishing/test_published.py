@@ -23,7 +23,7 @@ from emaswap import (
     snapshots_of,
     synthesize,
 )
-from emaswap.store.versions import tensors_key
+from emaswap.store.keys import tensors_key
 from emaswap.versions.architecture import build, fill
 from tests.models import Linear
 
@@ -72,7 +72,7 @@ def begin(store: DirectoryStore) -> Iterator[Begin]:
     def begin(schedule: Schedule = NARROW, **arguments: Any) -> Run:
         model = Linear()
         publisher = Publisher(
-            store, model="walk", architecture=Architecture.of(Linear), probe=torch.zeros(1, 3), keep=1000
+            store, name="walk", architecture=Architecture.of(Linear), probe=torch.zeros(1, 3), keep=1000
         )
         publishers.append(publisher)
         return Run(store, model, ModelEMA(model, schedule, **arguments), publisher)

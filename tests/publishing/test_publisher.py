@@ -3,8 +3,7 @@
 import json
 import logging
 import random
-import subprocess
-import sys
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,13 +29,14 @@ from emaswap import (
     TensorField,
     open_store,
 )
-from emaswap.files.tensor_file import Blob
-from emaswap.store.versions import manifest_key, tensors_key
+from emaswap.files.digest import digest_of
+from emaswap.store.keys import manifest_key, tensors_key
 from emaswap.tensors import named_tensors
 from emaswap.versions.probe import Probe
 from tests.disk import fill, small_disk
 from tests.models import Everything, Linear, Tokens
-from tests.serving import ROOT, wait_for
+from tests.programs import run
+from tests.serving import wait_for
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 
@@ -87,17 +87,31 @@ def worker() -> Iterator[Worker]:
     worker.go_on.set()
 
 
-def linear_publisher(store: DirectoryStore, on_publish: Callable[[Manifest], None] | None = None) -> Publisher:
+def linear_publisher(
+    store: DirectoryStore,
+    on_publish: Callable[[Manifest], None] | None = None,
+    *,
+    keep: int = 1000,
+    grace_s: float = 60,
+    strict: bool = False,
+) -> Publisher:
     """A publisher of `Linear`s."""
     return Publisher(
-        store, model="test", architecture=Architecture.of(Linear), probe=ROWS, keep=1000, on_publish=on_publish
+        store,
+        name="test",
+        architecture=Architecture.of(Linear),
+        probe=ROWS,
+        keep=keep,
+        grace_s=grace_s,
+        on_publish=on_publish,
+        strict=strict,
     )
 
 
 def weights_of(store: DirectoryStore, version: int) -> dict[str, Tensor]:
     """A version's weights as a reader gets them, verified."""
     written = store.manifest(version).weights
-    return store.tensors("weights", Blob(written.digest, written.size)).tensors
+    return store.tensors("weights", written).tensors
 
 
 def damaged(value: float) -> Linear:
@@ -115,7 +129,7 @@ def test_a_training_loop_publishes_with_five_lines(tmp_path: Path) -> None:
     """A path, a name, a factory and a probe are enough; the directory is made, and the EMA's weights are in it."""
     model = Linear()
     ema = ModelEMA(model)
-    with Publisher(tmp_path / "store", model="net", architecture=Architecture.of(Linear), probe=ROWS) as publisher:
+    with Publisher(tmp_path / "store", name="net", architecture=Architecture.of(Linear), probe=ROWS) as publisher:
         for step in range(1, 4):
             ema.update(model)
             publisher.publish(ema, step=step)
@@ -195,7 +209,7 @@ def test_publishing_does_not_disturb_training(store: DirectoryStore) -> None:
     module = Everything().train()
     module(torch.randn(5, 6)).sum().backward()
     gradients = [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
-    with Publisher(store, model="test", architecture=Architecture.of(Everything), probe=torch.randn(2, 6)) as publisher:
+    with Publisher(store, name="test", architecture=Architecture.of(Everything), probe=torch.randn(2, 6)) as publisher:
         publisher.publish(module)
     assert module.training
     assert all(parameter.requires_grad for parameter in module.parameters())
@@ -226,7 +240,7 @@ import sys
 import torch
 from emaswap import Publisher
 from tests.models import Linear
-publisher = Publisher(sys.argv[1], model="test", architecture="tests.models:Linear", probe=torch.ones(2, 3))
+publisher = Publisher(sys.argv[1], name="test", architecture="tests.models:Linear", probe=torch.ones(2, 3))
 for step in range(1, 4):
     publisher.publish(Linear(), step=step)
 """
@@ -237,52 +251,109 @@ for step in range(1, 4):
 )
 def test_the_last_snapshot_is_published_although_nobody_closes(store: DirectoryStore, ending: str, status: int) -> None:
     """An interpreter that exits without close() finishes what it was handed first."""
-    run = subprocess.run(
-        [sys.executable, "-c", _SCRIPT + ending, str(store.root)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert run.returncode == status, run.stderr
+    ended = run("-c", _SCRIPT + ending, str(store.root), timeout=60)
+    assert ended.returncode == status, ended.stderr
     assert store.manifest(store.newest()).training.step == 3
 
 
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_surfaces_at_the_next_call_which_is_published_all_the_same(store: DirectoryStore) -> None:
-    """The loop learns of a failed version when it publishes the next one, once, and loses nothing by it."""
-    with linear_publisher(store) as publisher:
-        publisher.publish(damaged(float("nan")), step=1)
-        wait_for(lambda: publisher._error, what="the failure")
-        with pytest.raises(PublishError, match="step 1 was not published"):
-            publisher.publish(Linear(), step=2)
-        publisher.flush()
+def failed(publisher: Publisher, *, step: int, times: int = 1) -> None:
+    """Publish a module with a weight that is not finite, and wait until that has failed."""
+    publisher.publish(damaged(float("nan")), step=step)
+    wait_for(lambda: publisher.failed == times, what="the failure")
+
+
+def test_training_goes_on_when_a_publish_fails(store: DirectoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    """A failed publish is a warning, a count and `error`; the next one is published, and closing raises nothing."""
+    with caplog.at_level(logging.WARNING), linear_publisher(store) as publisher:
+        failed(publisher, step=1)
+        assert "step 1 was not published" in caplog.text
+        assert "step 1 was not published" in str(publisher.error)
+        failed(publisher, step=2, times=2)
         publisher.publish(Linear(), step=3)
-    assert [store.manifest(version).training.step for version in store.versions()] == [2, 3]
+        publisher.flush()
+        assert publisher.error is None
+    assert (publisher.published, publisher.failed) == (1, 2)
+    assert [store.manifest(version).training.step for version in store.versions()] == [3]
+
+
+def test_what_cannot_be_copied_is_a_failed_publish(store: DirectoryStore) -> None:
+    """A module that refuses to be copied ends training no more than a full disk does."""
+    stubborn = Linear()
+    stubborn.lock = threading.Lock()  # type: ignore[assignment]
+    publisher = linear_publisher(store)
+    publisher.publish(stubborn, step=1)
+    assert publisher.failed == 1
+    with pytest.raises(PublishError, match="step 1 was not published"):
+        publisher.close()
 
 
 @pytest.mark.parametrize("wait", [Publisher.flush, Publisher.close], ids=["flush", "close"])
-def test_an_error_surfaces_when_waiting(store: DirectoryStore, wait: Callable[[Publisher], None]) -> None:
-    """Whoever waits for a version learns that there is none."""
+def test_waiting_raises_when_the_newest_weights_were_not_published(
+    store: DirectoryStore, wait: Callable[[Publisher], None]
+) -> None:
+    """Who waits for a version learns that there is none, once; `error` goes on telling."""
     publisher = linear_publisher(store)
     publisher.publish(damaged(float("nan")), step=9)
     with pytest.raises(PublishError, match="step 9 was not published"):
         wait(publisher)
     publisher.close()
+    assert "step 9 was not published" in str(publisher.error)
 
 
-def test_an_error_is_logged_when_it_happens(store: DirectoryStore, caplog: pytest.LogCaptureFixture) -> None:
-    """Who reads the log need not wait until the loop publishes again."""
-    publisher = linear_publisher(store)
-    with caplog.at_level(logging.WARNING):
-        publisher.publish(damaged(float("nan")), step=5)
-        wait_for(lambda: publisher._error, what="the failure")
-    assert "step 5 was not published" in caplog.text
-    with pytest.raises(PublishError):
+def test_leaving_the_block_raises_when_the_newest_weights_were_not_published(store: DirectoryStore) -> None:
+    """A script whose last version is missing does not end as if it were there."""
+
+    def script() -> None:
+        with linear_publisher(store) as publisher:
+            publisher.publish(Linear(), step=1)
+            publisher.flush()
+            publisher.publish(damaged(float("nan")), step=2)
+
+    with pytest.raises(PublishError, match="step 2 was not published"):
+        script()
+
+
+def ends_by_an_error_in_a_block(publisher: Publisher) -> None:
+    with publisher:
+        publisher.publish(damaged(float("nan")))
+        raise KeyError("training failed")
+
+
+def ends_by_an_error_and_closes(publisher: Publisher) -> None:
+    try:
+        publisher.publish(damaged(float("nan")))
+        raise KeyError("training failed")
+    finally:
         publisher.close()
+
+
+@pytest.mark.parametrize("script", [ends_by_an_error_in_a_block, ends_by_an_error_and_closes], ids=["with", "finally"])
+def test_an_exception_that_is_under_way_is_not_hidden(
+    store: DirectoryStore, script: Callable[[Publisher], None]
+) -> None:
+    """Whichever way a publisher is closed by an error of training, that error is what is seen."""
+    publisher = linear_publisher(store)
+    with pytest.raises(KeyError, match="training failed"):
+        script(publisher)
+    assert publisher.failed == 1
+
+
+def test_a_strict_publisher_raises_at_the_next_call(store: DirectoryStore, worker: Worker) -> None:
+    """The loop learns of a failed version when it publishes the next one, once, and loses nothing by it."""
+    with linear_publisher(store, worker, strict=True) as publisher:
+        publisher.publish(Linear(), step=1)
+        assert worker.busy.wait(30)
+        publisher.publish(damaged(float("nan")), step=2)
+        worker.go_on.set()
+        wait_for(lambda: publisher.failed, what="the failure")
+        with pytest.raises(PublishError, match="step 2 was not published"):
+            publisher.publish(Linear(), step=3)
+        publisher.flush()
+        publisher.publish(Linear(), step=4)
+    assert [store.manifest(version).training.step for version in store.versions()] == [1, 3, 4]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
@@ -291,7 +362,7 @@ def test_weights_that_are_not_finite_are_refused(store: DirectoryStore, value: f
     """They are refused with the tensor's name and advice, nothing is written, and the next version is published."""
     publisher = Publisher(
         store,
-        model="test",
+        name="test",
         architecture=Architecture(
             factory="tests.publishing.test_publisher:linear_of", arguments={"dtype": str(dtype).removeprefix("torch.")}
         ),
@@ -302,7 +373,7 @@ def test_weights_that_are_not_finite_are_refused(store: DirectoryStore, value: f
         with pytest.raises(PublishError, match=r"not finite.*layer\.weight.*persistent=False"):
             publisher.flush()
         assert store.versions() == []
-        assert store.names("weights") == store.names("probes") == {}
+        assert store.files.entries("weights") == store.files.entries("probes") == {}
         publisher.publish(Linear().to(dtype))
     assert store.versions() == [1]
 
@@ -338,15 +409,15 @@ def test_a_factory_that_does_not_build_the_published_module_is_refused(
 ) -> None:
     """What every service would reject shows when publishing begins, before anything is committed or written."""
     with pytest.raises(PublishError, match=f"{architecture.factory} (failed|does not build the module)"):
-        with Publisher(store, model="test", architecture=architecture, probe=ROWS) as publisher:
+        with Publisher(store, name="test", architecture=architecture, probe=ROWS) as publisher:
             publisher.publish(Linear())
     assert store.versions() == []
-    assert store.names("weights") == {}
+    assert store.files.entries("weights") == {}
 
 
 def test_a_module_that_has_changed_since_the_first_version_is_refused(store: DirectoryStore) -> None:
     """A module that the factory no longer builds is refused, even if the one before it was right."""
-    with Publisher(store, model="test", architecture=Architecture.of(Hidden), probe=ROWS) as publisher:
+    with Publisher(store, name="test", architecture=Architecture.of(Hidden), probe=ROWS) as publisher:
         publisher.publish(Hidden(width=4))
         publisher.flush()
         publisher.publish(Hidden(width=5))
@@ -366,21 +437,6 @@ def test_a_module_of_another_class_answers_for_itself(store: DirectoryStore) -> 
     assert store.versions() == [1]
 
 
-def test_a_factory_in_main_is_refused(store: DirectoryStore) -> None:
-    """No service can import what is defined in a script, so the error says to move it, before anything is written."""
-    with pytest.raises(PublishError, match=r"can import __main__:Net: move the class into a module"):
-        Publisher(store, model="test", architecture="__main__:Net", probe=ROWS)
-
-
-def test_a_probe_that_the_module_does_not_take_is_an_error(store: DirectoryStore) -> None:
-    """A probe of the wrong shape is reported, and no version comes of it."""
-    publisher = Publisher(store, model="test", architecture=Architecture.of(Linear), probe=torch.ones(2, 5))
-    publisher.publish(Linear())
-    with pytest.raises(PublishError, match="step 0 was not published"):
-        publisher.close()
-    assert store.versions() == []
-
-
 def test_a_full_disk_costs_a_version_and_no_more(tmp_path: Path) -> None:
     """Publishing to a full disk is an error that says so, shows nothing, and passes when there is space."""
     with small_disk(tmp_path / "disk", "256k") as disk:
@@ -393,11 +449,133 @@ def test_a_full_disk_costs_a_version_and_no_more(tmp_path: Path) -> None:
             with pytest.raises(PublishError, match="step 2 was not published.*No space left on device"):
                 publisher.flush()
             assert store.versions() == [1]
-            assert store.names("tmp") == {}
+            assert store.files.entries("tmp") == {}
             filler.unlink()
             publisher.publish(Linear(), step=3)
         assert store.manifest(2).training.step == 3
         weights_of(store, 2)
+
+
+def test_a_full_disk_is_pruned_and_tried_again(tmp_path: Path) -> None:
+    """Where retention allows it, old versions make room for the new one, and nothing is lost."""
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        store = DirectoryStore(disk)
+        with linear_publisher(store) as publisher:
+            for step in range(1, 9):
+                publisher.publish(Linear(), step=step)
+                publisher.flush()
+        with linear_publisher(store, keep=2, grace_s=0) as publisher:
+            fill(disk)
+            publisher.publish(Linear(), step=9)
+            publisher.flush()
+            assert (publisher.published, publisher.failed) == (1, 0)
+        assert store.manifest(9).training.step == 9
+        weights_of(store, 9)
+        weights_of(store, 8)
+
+
+def test_a_new_publisher_starts_on_a_full_disk(tmp_path: Path) -> None:
+    """It makes room before it takes its term, even where CURRENT must be written, and publishes."""
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        store = DirectoryStore(disk)
+        with linear_publisher(store) as publisher:
+            for step in range(1, 9):
+                publisher.publish(Linear(), step=step)
+                publisher.flush()
+        (disk / "CURRENT").unlink()
+        fill(disk)
+        with linear_publisher(store, keep=2, grace_s=0) as publisher:
+            publisher.publish(Linear(), step=9)
+        assert store.manifest(9).training.step == 9
+
+
+def test_a_full_disk_that_cannot_be_pruned_is_tried_once_more(tmp_path: Path) -> None:
+    """What retention keeps is not deleted for a new version; the error says that the disk is full."""
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        store = DirectoryStore(disk)
+        publisher = linear_publisher(store, keep=1, grace_s=3600)
+        for step in (1, 2):
+            publisher.publish(Linear(), step=step)
+            publisher.flush()
+        fill(disk)
+        publisher.publish(Linear(), step=3)
+        with pytest.raises(PublishError, match="step 3 was not published.*No space left on device"):
+            publisher.close()
+        assert store.versions() == [1, 2]
+
+
+# -- a store that was deleted --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "made_again",
+    [None, Path.mkdir, lambda root: DirectoryStore(root).prepare()],
+    ids=["deleted", "an empty directory", "an empty store"],
+)
+def test_a_new_line_begins_where_the_store_was_deleted(
+    store: DirectoryStore, made_again: Callable[[Path], None] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The publisher makes the store again, says so, and goes on; nothing is lost of what comes after."""
+    with linear_publisher(store) as publisher:
+        publisher.publish(Linear(), step=1)
+        publisher.flush()
+        publisher.publish(Linear(), step=2)
+        publisher.flush()
+        shutil.rmtree(store.root)
+        if made_again:
+            made_again(store.root)
+        for step in (3, 4):
+            publisher.publish(Linear(), step=step)
+            publisher.flush()
+        assert publisher.failed == 0
+    assert "nothing is left of version 2" in caplog.text
+    manifests = [store.manifest(version) for version in store.versions()]
+    assert [(each.version, each.training.step) for each in manifests] == [(1, 3), (2, 4)]
+    assert manifests[0].parent is None
+    assert manifests[1].parent == digest_of(store.manifest_bytes(1))
+    assert store.hint() == 2
+    weights_of(store, 2)
+
+
+def test_a_store_that_is_deleted_before_the_first_version_is_made_again(store: DirectoryStore) -> None:
+    """A publisher that has published nothing yet does not mind."""
+    with linear_publisher(store) as publisher:
+        shutil.rmtree(store.root)
+        publisher.publish(Linear(), step=1)
+    assert store.versions() == [1]
+
+
+def test_a_store_from_a_backup_goes_on_behind_its_newest_version(store: DirectoryStore, tmp_path: Path) -> None:
+    """Numbers go on where the restored store ends."""
+    with linear_publisher(store) as publisher:
+        for step in (1, 2, 3):
+            publisher.publish(Linear(), step=step)
+            publisher.flush()
+            if step == 2:
+                shutil.copytree(store.root, tmp_path / "backup")
+        shutil.rmtree(store.root)
+        shutil.copytree(tmp_path / "backup", store.root)
+        publisher.publish(Linear(), step=4)
+    assert [store.manifest(version).training.step for version in store.versions()] == [1, 2, 4]
+    assert store.manifest(3).term == 2
+
+
+def test_a_publisher_does_not_mix_with_another_in_a_store_that_was_started_anew(store: DirectoryStore) -> None:
+    """Who finds another run's versions where its own were is fenced, and writes nothing there."""
+    older = linear_publisher(store)
+    older.publish(Linear(), step=1)
+    older.flush()
+    older.publish(Linear(), step=2)
+    older.flush()
+    shutil.rmtree(store.root)
+    with linear_publisher(store) as newer:
+        newer.publish(Linear(), step=10)
+        newer.flush()
+        older.publish(Linear(), step=3)
+        with pytest.raises(Fenced, match="was started anew"):
+            older.flush()
+        newer.publish(Linear(), step=11)
+    assert [store.manifest(version).training.step for version in store.versions()] == [10, 11]
 
 
 def test_a_callback_that_fails_is_not_taken_for_a_version_that_failed(store: DirectoryStore) -> None:
@@ -441,7 +619,7 @@ def published(store: DirectoryStore, module: ModelEMA | nn.Module, **options: ob
     """The manifest of one published module."""
     kind = type(module.ema if isinstance(module, ModelEMA) else module)
     step, metrics = options.pop("step", 0), options.pop("metrics", None)
-    settings = {"model": "test", "architecture": Architecture.of(kind), "probe": ROWS, **options}
+    settings = {"name": "test", "architecture": Architecture.of(kind), "probe": ROWS, **options}
     with Publisher(store, **settings) as publisher:  # type: ignore[arg-type]
         publisher.publish(module, step=step, metrics=metrics)  # type: ignore[arg-type]
     return store.manifest(store.newest())
@@ -626,7 +804,7 @@ def test_the_probe_records_the_averages_own_answers(store: DirectoryStore) -> No
         ema.update(model)
     rows = torch.randn(4, 6)
     manifest = published(store, ema, probe=rows)
-    probe = Probe.from_tensors(store.tensors("probes", Blob(manifest.probe.digest, manifest.probe.size)).tensors)
+    probe = Probe.from_tensors(store.tensors("probes", manifest.probe).tensors)
     with torch.no_grad():
         answers, raw = ema.ema(rows), model.eval()(rows)
     assert torch.equal(probe.inputs["input"], rows)

@@ -36,7 +36,7 @@ def published(store: DirectoryStore, **options: object) -> ModelEMA:
     ema = ModelEMA(model, decay=Constant(0.0), variants=VARIANTS)
     moved(model, ema)
     architecture = Architecture.of(Linear)
-    with Publisher(store, model="linear", architecture=architecture, probe=torch.ones(2, 3), **options) as publisher:  # type: ignore[arg-type]
+    with Publisher(store, name="linear", architecture=architecture, probe=torch.ones(2, 3), **options) as publisher:  # type: ignore[arg-type]
         publisher.publish(ema, step=3)
     return ema
 
@@ -57,7 +57,7 @@ def test_variants_are_published_with_the_version(store: DirectoryStore) -> None:
     assert {name: variant.ema.decay for name, variant in manifest.variants.items()} == {"short": 0.5, "long": 0.9}
     for name, module in ema.variants.items():
         variant = manifest.of_variant(name)
-        tensors = store.tensors("weights", variant.weights).tensors  # type: ignore[arg-type]
+        tensors = store.tensors("weights", variant.weights).tensors
         torch.testing.assert_close(tensors, dict(module.state_dict()), rtol=0, atol=0)
     assert len({manifest.weights.digest, *(each.weights.digest for each in manifest.variants.values())}) == 3
 
@@ -80,7 +80,7 @@ def test_retention_keeps_and_prunes_variants_with_their_version(store: Directory
     model = Linear()
     ema = ModelEMA(model, decay=Constant(0.0), variants=VARIANTS)
     with Publisher(
-        store, model="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), keep=1, grace_s=0
+        store, name="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), keep=1, grace_s=0
     ) as publisher:
         for step in range(4):
             moved(model, ema)
@@ -89,7 +89,7 @@ def test_retention_keeps_and_prunes_variants_with_their_version(store: Directory
     newest = store.manifest(4)
     digests = [newest.weights.digest, *(variant.weights.digest for variant in newest.variants.values())]
     expected = {f"{digest.replace(':', '-')}.safetensors" for digest in digests}
-    assert store.names("weights").keys() == expected
+    assert store.files.entries("weights").keys() == expected
 
 
 def test_a_service_serves_the_variant_that_it_is_told_to(store: DirectoryStore) -> None:
@@ -124,7 +124,7 @@ def test_parameters_are_stored_rounded_and_served_as_recorded(store: DirectorySt
     before = {name: tensor.clone() for name, tensor in ema.ema.state_dict().items()}
     architecture = Architecture.of(Everything)
     with Publisher(
-        store, model="everything", architecture=architecture, probe=torch.ones(2, 6), dtype=dtype
+        store, name="everything", architecture=architecture, probe=torch.ones(2, 6), dtype=dtype
     ) as publisher:
         publisher.publish(ema)
     torch.testing.assert_close(dict(ema.ema.state_dict()), before, rtol=0, atol=0)
@@ -171,7 +171,7 @@ def test_what_is_published_is_recalibrated_and_the_average_is_not(store: Directo
     batches = [torch.rand(16, 1, 8, 8)]
     with Publisher(
         store,
-        model="digits",
+        name="digits",
         architecture=Architecture.of(DigitsNet),
         probe=torch.rand(2, 1, 8, 8),
         calibrate=partial(recalibrate, batches=batches),
@@ -179,7 +179,7 @@ def test_what_is_published_is_recalibrated_and_the_average_is_not(store: Directo
         publisher.publish(ema)
     torch.testing.assert_close(dict(ema.ema.state_dict()), before, rtol=0, atol=0)
     recalibrate(ema.ema, batches)
-    stored = store.tensors("weights", store.manifest(1).weights).tensors  # type: ignore[arg-type]
+    stored = store.tensors("weights", store.manifest(1).weights).tensors
     torch.testing.assert_close(stored, dict(ema.ema.state_dict()), rtol=0, atol=0)
 
 
@@ -190,7 +190,7 @@ def test_a_failing_calibration_is_a_failed_publish(store: DirectoryStore) -> Non
         raise RuntimeError("no batches today")
 
     publisher = Publisher(
-        store, model="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), calibrate=broken
+        store, name="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), calibrate=broken
     )
     publisher.publish(Linear())
     with pytest.raises(PublishError, match="no batches today"):
@@ -206,7 +206,7 @@ def test_a_snapshot_from_cuda_has_the_weights_of_its_instant() -> None:
     """Updates that follow at once do not reach into a snapshot that is still on its way."""
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(16))).cuda()
     ema = ModelEMA(model, decay=Constant(0.0))
-    snapshot, staging = PrivateCopy(), Staging()
+    snapshot, staging = PrivateCopy({}), Staging()
     for number in range(5):
         with torch.no_grad():
             for parameter in model.parameters():

@@ -90,10 +90,10 @@ def test_the_same_seed_gives_the_same_curve(written: tuple[Path, str]) -> None:
 
 
 def test_a_run_is_the_trainers_own(tmp_path: Path) -> None:
-    """What is compared is what `python -m trainer --schedule constant` publishes: the same accuracies."""
+    """What is compared is what `python -m trainer --lr-schedule constant` publishes: the same accuracies."""
     curve = train(CompareSettings.read(TINY), find_task("digits"), 1)
     flags = ("--task", "digits", "--steps", "20", "--publish-every", "4", "--device", "cpu", "--threads", "1")
-    assert train_main(["--store", str(tmp_path), *flags, "--seed", "1", "--schedule", "constant"]) == 0
+    assert train_main(["--store", str(tmp_path), *flags, "--seed", "1", "--lr-schedule", "constant"]) == 0
     store = DirectoryStore(tmp_path)
     published = [store.manifest(version).training for version in store.versions()]
     assert published[-1].step == 20
@@ -108,7 +108,7 @@ def test_the_environment_does_not_change_what_is_not_named(monkeypatch: pytest.M
     monkeypatch.setenv("EMASWAP_EMA_TAU", "5")
     monkeypatch.setenv("EMASWAP_WEIGHT_DECAY", "0.5")
     assert CompareSettings.read(TINY).trainer(3) == before
-    assert (before.seed, before.schedule, before.steps) == (3, "constant", 20)
+    assert (before.seed, before.lr_schedule, before.steps) == (3, "constant", 20)
 
 
 def test_the_table_has_the_noisy_phase() -> None:
@@ -144,7 +144,7 @@ def test_the_reading_says_what_was_seen() -> None:
 
 def test_the_defaults_are_the_trainers() -> None:
     """Nothing is chosen to suit the comparison: without flags, a run has the trainer's defaults."""
-    default = TrainerSettings.model_construct(store="", task="mnist5k", seed=4, schedule="constant", threads=1)
+    default = TrainerSettings.model_construct(store="", task="mnist5k", seed=4, lr_schedule="constant", threads=1)
     assert CompareSettings.read([]).trainer(4) == default
 
 

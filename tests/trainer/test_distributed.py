@@ -17,7 +17,8 @@ import torch
 
 from emaswap import DirectoryStore, EmaswapError, ModelEMA, Publisher
 from emaswap.models.digits import DigitsNet
-from tests.serving import ROOT, wait_for
+from tests.programs import ROOT, run
+from tests.serving import wait_for
 from tests.tasks import Noisy, NoisyNet
 from tests.training import SHORT, STEPS, Trainer, assert_same_end, assert_whole, newest, weights_of
 from trainer.__main__ import main
@@ -50,22 +51,22 @@ def assert_close(found: Path, expected: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "tolerance"),
+    ("flags", "tolerance", "fresh"),
     [
-        (("--task", "digits", "--steps", "5"), 1e-3),
-        (("--task", "tests.hard_tasks:ExactDigits", "--accumulate", "2", "--clip-norm", "0.5"), 1e-9),
+        (("--task", "digits", "--steps", "5"), 1e-3, True),
+        (("--task", "tests.hard_tasks:ExactDigits", "--accumulate", "2", "--clip-norm", "0.5"), 1e-9, False),
     ],
-    ids=["float32", "double, in parts"],
+    ids=["float32, by torchrun itself", "double, in parts"],
 )
 def test_two_ranks_publish_what_one_process_does(
-    tmp_path: Path, in_process: None, flags: tuple[str, ...], tolerance: float
+    tmp_path: Path, in_process: None, flags: tuple[str, ...], tolerance: float, fresh: bool
 ) -> None:
     """Batch norm and all, the same global batches give the same weights, but for the rounding of sums.
 
     In float32 rounding grows where it decides which way a ReLU or a maximum goes; in double precision it does not get
     that far in 20 steps.
     """
-    with Trainer(tmp_path, tmp_path / "two", *DIGITS, *flags, ranks=2) as trainer:
+    with Trainer(tmp_path, tmp_path / "two", *DIGITS, *flags, ranks=2, fresh=fresh) as trainer:
         assert main(["--store", str(tmp_path / "one"), *SHORT, *DIGITS, *flags]) == 0
         assert trainer.ended() == 0, trainer.log
         assert trainer.log.count("published version") == 1
@@ -87,11 +88,11 @@ def test_ranks_understand_one_another(tmp_path: Path) -> None:
 
     What overflows on one is left out by all, and each has random numbers of its own.
     """
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.ranks"]
-    done = subprocess.run([*run, str(tmp_path / "store")], cwd=ROOT, capture_output=True, check=False, text=True)
+    torchrun = ("-m", "tests.torchrun", "--standalone", "--nproc-per-node=2")
+    done = run(*torchrun, "-m", "tests.ranks", str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all is well") == 2
-    assert "0 (Own) normalises each rank's rows by themselves" in done.stderr
+    assert "0 (Own) has its own forward: it normalises each rank's rows separately" in done.stderr
 
 
 def test_one_process_has_its_batch_whole() -> None:
@@ -111,9 +112,9 @@ def test_one_process_has_its_batch_whole() -> None:
 @pytest.mark.parametrize(
     ("ranks", "rows", "message"),
     [
-        (Ranks(size=3), (64,), "a batch of 64 rows cannot be shared out evenly over 3 ranks × 4 parts"),
-        (Ranks(), (6,), "a batch of 6 rows cannot be shared out evenly over 1 ranks × 4 parts"),
-        (Ranks(size=2), (8, 16), "a batch of 8 and 16 rows cannot be shared out evenly"),
+        (Ranks(size=3), (64,), "a batch of 64 rows cannot be split evenly into 3 × 4 parts"),
+        (Ranks(), (6,), "a batch of 6 rows cannot be split evenly into 1 × 4 parts"),
+        (Ranks(size=2), (8, 16), "a batch of 8 and 16 rows cannot be split evenly"),
     ],
     ids=["ranks", "parts", "tensors"],
 )
@@ -165,7 +166,7 @@ def test_stopping_one_rank_stops_all_and_they_go_on_from_there(tmp_path: Path) -
     assert newest(store).training.step == 34
     with Trainer(tmp_path, store, *resume, ranks=2) as trainer:
         assert trainer.ended() == 0, trainer.log
-        assert trainer.log.count(f"going on at step 34 from {tmp_path / 'resume'}\n") == 1
+        assert trainer.log.count(f"resuming at step 34 from {tmp_path / 'resume'}\n") == 1
     assert_same_end(store, tmp_path / "uninterrupted")
 
 
@@ -181,8 +182,8 @@ def test_another_number_of_ranks_may_go_on_and_it_is_said(tmp_path: Path) -> Non
     assert newest(tmp_path / "store").training.step == 6
     with Trainer(tmp_path, tmp_path / "store", *resume) as trainer:
         assert trainer.ended() == 0, trainer.log
-        assert "going on at step 6" in trainer.log
-        assert "not bit by bit as before, since it has ranks 2, this one 1" in trainer.log
+        assert "resuming at step 6" in trainer.log
+        assert "results will not be bit-identical: the checkpoint used 2 ranks, this run 1" in trainer.log
     assert newest(tmp_path / "store").training.step == STEPS
     assert_whole(tmp_path / "store")
 
@@ -209,7 +210,7 @@ def kill_the_other(trainer: Trainer, store: DirectoryStore) -> None:
 
 
 def take_the_store(trainer: Trainer, store: DirectoryStore) -> None:
-    with Publisher(store, model="noisy", architecture="tests.tasks:NoisyNet", probe=Noisy().probe()) as other:
+    with Publisher(store, name="noisy", architecture="tests.tasks:NoisyNet", probe=Noisy().probe()) as other:
         other.publish(ModelEMA(NoisyNet()), step=12345)
 
 

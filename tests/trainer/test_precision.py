@@ -85,7 +85,9 @@ def test_a_batch_that_has_no_such_parts_is_refused_before_the_store_is_touched(
 ) -> None:
     """64 rows are not to be had in 5 parts."""
     assert main(["--store", str(tmp_path / "store"), *NOISY, "--accumulate", "5"]) == 1
-    assert "a batch of 64 rows cannot be shared out evenly over 1 ranks × 5 parts" in capsys.readouterr().err
+    assert (
+        "a batch of 64 rows cannot be split evenly into 1 × 5 parts (ranks × micro-batches)" in capsys.readouterr().err
+    )
     assert not (tmp_path / "store").exists()
 
 
@@ -164,7 +166,7 @@ def test_another_precision_is_another_run(tmp_path: Path, capsys: pytest.Capture
     trained(tmp_path / "store", *resume)
     trained(tmp_path / "store", *resume, "--precision", "fp32", "--device", "cpu")
     assert main(["--store", str(tmp_path / "store"), *NOISY, *SHORT, *resume, "--precision", "bf16"]) == 1
-    assert "it has precision fp32, this one bf16" in capsys.readouterr().err
+    assert "its precision is fp32, this run's bf16" in capsys.readouterr().err
 
 
 # -- clipping ------------------------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def test_without_an_end_or_with_a_constant_schedule_the_peak_stays() -> None:
 def test_the_settings_choose_the_schedule(schedule: str, last: float) -> None:
     """The learning rate after the last step is the schedule's end."""
     task = Plain()
-    settings = {"schedule": schedule, "steps": 20, "warmup_steps": 5, "final_learning_rate": 0.1}
+    settings = {"lr_schedule": schedule, "steps": 20, "warmup_steps": 5, "final_learning_rate": 0.1}
     learner = learner_of(task, PlainNet(), **settings)
     rates = []
     for step in range(20):

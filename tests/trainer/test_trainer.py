@@ -67,7 +67,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path,
             trainer.let_go(step)
     with Trainer(tmp_path, store, *resume) as trainer:
         assert trainer.ended() == 0, trainer.log
-        assert "going on at step 40" in trainer.log
+        assert "resuming at step 40" in trainer.log
     assert_same_end(store, uninterrupted)
 
 
@@ -84,7 +84,7 @@ def test_a_stopped_run_publishes_and_saves_the_step_it_was_at(tmp_path: Path, un
         assert newest(store).training.step == step + 1
     with Trainer(tmp_path, store, *resume) as trainer:
         assert trainer.ended() == 0, trainer.log
-        assert "going on at step 34" in trainer.log
+        assert "resuming at step 34" in trainer.log
     assert_same_end(store, uninterrupted)
 
 
@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path:
         ("--batch-size", "32"),
         ("--steps", "70"),
         ("--task", "digits"),
-        ("--schedule", "constant"),
+        ("--lr-schedule", "constant"),
         ("--clip-norm", "1"),
         ("--ema-schedule", "constant"),
         ("--ema-variant", "short=0.05"),
@@ -149,7 +149,7 @@ def test_another_runs_checkpoint_is_refused(
     capsys.readouterr()
     assert train_here(tmp_path / "other", "--steps", "5", *resume, *flags) == 1
     error = capsys.readouterr().err
-    assert "is of another run" in error
+    assert "belongs to another run" in error
     assert "another --resume directory" in error
     assert not (tmp_path / "other" / "versions").exists()
 
@@ -197,7 +197,7 @@ def test_digits_are_what_is_trained_without_a_task(
 def test_another_models_store_is_refused(tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     """A trainer does not mix its versions with those of another model."""
     with Publisher(
-        tmp_path / "store", model="other", architecture="tests.models:Linear", probe=torch.ones(1, 3)
+        tmp_path / "store", name="other", architecture="tests.models:Linear", probe=torch.ones(1, 3)
     ) as publisher:
         publisher.publish(Linear())
     assert train_here(tmp_path / "store") == 1
@@ -222,7 +222,7 @@ def test_a_trainer_that_is_taken_over_ends_and_says_why(tmp_path: Path) -> None:
         trainer.wait_at(25)
         store = DirectoryStore(tmp_path / "store")
         wait_for(store.newest, what="the first version")
-        with Publisher(store, model="noisy", architecture="tests.tasks:NoisyNet", probe=Noisy().probe()) as other:
+        with Publisher(store, name="noisy", architecture="tests.tasks:NoisyNet", probe=Noisy().probe()) as other:
             other.publish(ModelEMA(NoisyNet()), step=12345)
         trainer.let_go(25)
         assert trainer.ended() == 1, trainer.log
@@ -244,11 +244,11 @@ def test_training_goes_on_while_the_disk_is_full(tmp_path: Path) -> None:
             trainer.wait_at(45)
             wait_for(lambda: "step 40 was not published" in trainer.log, what="the failure")
             assert store.versions() == [1]
-            assert store.names("tmp") == {}
+            assert store.files.entries("tmp") == {}
             filler.unlink()
             trainer.let_go(45)
             assert trainer.ended() == 0, trainer.log
-            assert "No space left on device; training goes on" in trainer.log
+            assert "No space left on device" in trainer.log
         assert [store.manifest(version).training.step for version in store.versions()] == [20, 60]
         assert_whole(store.root)
 
@@ -274,7 +274,7 @@ def test_a_last_version_that_could_not_be_published_is_published_when_run_again(
 def test_a_checkpoint_that_finds_no_space_is_no_reason_to_lose_a_run(
     tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While checkpoints cannot be saved, training goes on with a warning, and its versions are published."""
+    """While checkpoints cannot be saved, training continues with a warning, and its versions are published."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         fill(disk)
         status = train_here(tmp_path / "store", "--resume", str(disk))
@@ -382,7 +382,7 @@ def test_what_is_not_the_training_itself_may_fail(
     assert train_here(tmp_path / "store", "--heartbeat", nowhere, "--log-dir", nowhere, "--log-every", "1") == 0
     printed = capsys.readouterr().out
     assert printed.count("Not a directory") == 2
-    assert printed.count("training goes on") == 2
+    assert printed.count("training continues") == 2
     assert newest(tmp_path / "store").training.step == STEPS
 
 
@@ -394,7 +394,7 @@ def test_a_heartbeat_that_fails_again_is_said_again(
     flags = ("--heartbeat", str(folder / "beat"))
     with Trainer(tmp_path, tmp_path / "store", *flags, hold_at=[20, 40]) as trainer:
         trainer.wait_at(20)
-        assert trainer.log.count("training goes on") == 1
+        assert trainer.log.count("training continues") == 1
         folder.mkdir()
         trainer.let_go(20)
         trainer.wait_at(40)
@@ -402,7 +402,7 @@ def test_a_heartbeat_that_fails_again_is_said_again(
         folder.rmdir()
         trainer.let_go(40)
         assert trainer.ended() == 0, trainer.log
-        assert trainer.log.count("training goes on") == 2
+        assert trainer.log.count("training continues") == 2
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -411,11 +411,11 @@ def test_a_heartbeat_that_fails_again_is_said_again(
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("cats", "unknown task 'cats': expected one of ['digits', 'mnist5k'], or package.module:Class"),
+        ("cats", "unknown task 'cats': expected digits, mnist5k, or package.module:Class"),
         ("no.such.package:Task", "cannot load task 'no.such.package:Task'"),
         ("tests.tasks:Nowhere", "cannot load task 'tests.tasks:Nowhere'"),
         (":Task", "unknown task ':Task'"),
-        ("tests.tasks:Nameless", "tests.tasks:Nameless is no task: it lacks architecture, signature, batch"),
+        ("tests.tasks:Nameless", "tests.tasks:Nameless is not a task: it lacks architecture, signature, batch"),
         ("tests.tasks:Demanding", "cannot load task 'tests.tasks:Demanding'"),
         ("tests.tasks:Failing", "cannot load task 'tests.tasks:Failing'"),
     ],
@@ -454,7 +454,7 @@ def test_a_task_that_is_not_there_is_an_error(
         ("--publish-dtype", "float64"),
         ("--precision", "fp8"),
         ("--accumulate", "0"),
-        ("--schedule", "linear"),
+        ("--lr-schedule", "linear"),
         ("--final-learning-rate", "1.5"),
         ("--clip-norm", "0"),
         ("--log-every", "0"),

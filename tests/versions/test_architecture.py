@@ -3,15 +3,21 @@
 import io
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from emaswap import Architecture, BadVersion, Constant, ModelEMA, Reason
+from emaswap import Architecture, BadVersion, Constant, EmaswapError, ModelEMA, Reason
 from emaswap.files.tensor_file import read, write
 from emaswap.tensors import named_tensors
 from emaswap.versions.architecture import build, fill, is_trusted
@@ -201,6 +207,121 @@ def test_wrong_arguments_are_a_bad_version() -> None:
     assert raised.value.reason == Reason.FACTORY_FAILED
 
 
+# -- what a manifest says of it ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """A model's settings, as many keep them."""
+
+    width: int = 3
+
+
+class Kind(StrEnum):
+    """Text with a name."""
+
+    SMALL = "small"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (np.int64(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), True),
+        (torch.tensor(7), 7),
+        (Path("folder/file"), "folder/file"),
+        ((3, 3), [3, 3]),
+        (torch.Size([2, 3]), [2, 3]),
+        ([np.int64(1), (2, {"a": np.int8(3)})], [1, [2, {"a": 3}]]),
+        (OrderedDict(a=1), {"a": 1}),
+        (MappingProxyType({"a": (1,)}), {"a": [1]}),
+        (Kind.SMALL, "small"),
+        (10**30, 10**30),
+        (None, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_arguments_become_plain_values_where_nothing_is_lost(given: object, kept: object) -> None:
+    """Numbers of numpy and torch, paths, tuples and mappings are written as JSON has them, and come back so."""
+    architecture = Architecture.of(Linear, inputs=given)
+    assert architecture.arguments == {"inputs": kept}
+    assert type(architecture.arguments["inputs"]) is type(kept)
+    assert Architecture.model_validate_json(architecture.model_dump_json()) == architecture
+    assert Architecture(factory="a:b", arguments={"inputs": given}).arguments == {"inputs": kept}
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (Config(), r"is a Config, .*def build\(\*\*fields\)"),
+        (SimpleNamespace(width=3), "is a SimpleNamespace, .*def build"),
+        (torch.bfloat16, "is a dtype, .*its name, 'bfloat16'.*getattr"),
+        (torch.device("cpu"), "is a device, .*leave it out"),
+        (torch.ones(3), r"is a Tensor, .*\.tolist\(\)"),
+        (np.ones(3), r"is a ndarray, .*\.tolist\(\)"),
+        ({1: 2}, "is a dict, .*keys must be texts"),
+        ({1, 2}, "is a set, .*sorted list"),
+        (nn.ReLU(), "is a ReLU, .*def build"),
+        (nn.ReLU, "is a type, .*def build"),
+        (lambda: None, "is a function, .*def build"),
+        (math.inf, "is inf, .*give None, or another value"),
+        (np.float32("nan"), "is nan"),
+        ("\ud800", "is '.*ud800', which JSON cannot hold"),
+        (1j, "is a complex"),
+        (b"bytes", "is a bytes"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_argument_that_is_no_plain_value_is_named(given: object, problem: str) -> None:
+    """The error names the argument, says what it is, and what to write instead, however deep it stands."""
+    with pytest.raises(EmaswapError, match=rf"Linear: argument 'config' {problem}"):
+        Architecture.of(Linear, config=given)
+    with pytest.raises(EmaswapError, match=rf"argument 'config'\['a'\]\[1\] {problem}"):
+        Architecture.of(Linear, config={"a": [0, given]})
+    with pytest.raises(ValidationError, match=rf"argument 'config' {problem}"):
+        Architecture(factory="a:b", arguments={"config": given})
+
+
+def test_arguments_without_end_are_refused() -> None:
+    """A list that holds itself is refused like one that is nested too deep."""
+    endless: list[object] = []
+    endless.append(endless)
+    with pytest.raises(EmaswapError, match="nested more than 32 deep"):
+        Architecture.of(Linear, config=endless)
+
+
+class Twice(nn.Module):
+    """Its name means another class by the time it is used."""
+
+
+Replaced = Twice
+
+
+class Twice(nn.Module):  # type: ignore[no-redef]
+    """The other class."""
+
+
+@pytest.mark.parametrize(
+    ("factory", "problem"),
+    [
+        (Linear(), r"got an instance: write Architecture\.of\(Linear, \.\.\.\)"),
+        ("tests.models:Linear", r"got a text: write Architecture\(factory='tests.models:Linear'"),
+        (partial(Linear, inputs=4), r"got a partial: write Architecture\.of\(Net, width=32\)"),
+        (torch, "got a module"),
+        (3, "got a int"),
+        (lambda: None, r"test_architecture:<lambda>: move it to the top of a module"),
+        (Linear.eval, r"Linear\.eval|Module\.eval: move it to the top of a module"),
+        (Replaced, r"test_architecture:Twice: what has this name there is Twice"),
+    ],
+    ids=["an instance", "a text", "a partial", "a package", "a number", "a lambda", "a method", "a replaced class"],
+)
+def test_what_no_service_could_import_is_refused(factory: object, problem: str) -> None:
+    """The error says what was given, and what to write instead."""
+    with pytest.raises(EmaswapError, match=problem):
+        Architecture.of(factory)
+
+
 # -- weights into a module -----------------------------------------------------------------------------------------
 
 
@@ -308,6 +429,23 @@ def test_an_average_comes_out_of_a_file_to_the_last_bit() -> None:
     rows = torch.randn(16, 5)
     with torch.no_grad():
         assert torch.equal(module(rows), ema.ema(rows))
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_a_module_in_half_precision_is_widened_by_what_it_is_filled_with(
+    narrow: torch.dtype, wide: torch.dtype
+) -> None:
+    """Weights that were published wide are served wide: buffers follow, integers and ties stay as they are."""
+    module = Everything().to(narrow)
+    tensors = named_tensors(Everything().to(wide))
+    fill(module, tensors)
+    torch.testing.assert_close(named_tensors(module), tensors, rtol=0, atol=0)
+    assert module.scale.dtype == wide
+    assert module.steps.dtype == torch.int64
+    assert module.encode.weight is module.decode.weight
+    with torch.no_grad():
+        assert module.eval()(torch.ones(2, 6, dtype=wide)).dtype == wide
 
 
 def test_numbers_that_are_not_finite_are_filled_as_they_are() -> None:

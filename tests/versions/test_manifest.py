@@ -33,7 +33,7 @@ fields = st.builds(
     TensorField,
     name=text,
     dtype=st.sampled_from(["float32", "int64", "bool"]),
-    shape=st.lists(st.none() | st.integers(0, 1000), max_size=4).map(tuple),
+    shape=st.lists(st.none() | st.integers(1, 1000), max_size=4).map(tuple),
 )
 zones = st.integers(-14 * 60, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 manifests = st.builds(
@@ -135,7 +135,7 @@ def test_an_argument_that_json_cannot_carry_is_not_lost(value: float) -> None:
     """A factory's argument comes back as it was, or is refused at once: it never turns into null on the way."""
     try:
         architecture = Architecture.of(nn.Linear, fill=value)
-    except ValidationError:
+    except EmaswapError:
         return
     manifest = MANIFEST.model_copy(update={"architecture": architecture})
     assert repr(Manifest.decode(manifest.encode()).architecture.arguments["fill"]) == repr(value)

@@ -151,6 +151,26 @@ def test_labels_name_the_entries_of_the_one_output(shapes: list[tuple[int | None
             Signature(inputs=LINEAR.inputs, outputs=outputs, labels=("a", "b"))
 
 
+@pytest.mark.parametrize(
+    ("outputs", "labels", "problem"),
+    [
+        pytest.param([{"name": "y", "shape": [0]}], None, "rows without numbers", id="an output of no numbers"),
+        pytest.param([{"name": "y", "shape": [3, 0]}], None, "rows without numbers", id="none in one of two sizes"),
+        pytest.param([{"name": "y", "shape": [None]}], (), "at least 1", id="no label"),
+        pytest.param([{"name": "y", "dtype": "complex64"}], None, "dtype", id="complex"),
+        pytest.param([{"name": "y", "shape": [1 << 50]}], None, "less than or equal", id="a size out of range"),
+        pytest.param([{"name": "y", "shape": [1 << 30, 1 << 30]}], None, "a row has at most", id="sizes that overflow"),
+        pytest.param([{"name": "y", "shape": [1] * 33}], None, "at most 32", id="too many dimensions"),
+    ],
+)
+def test_a_signature_that_nobody_could_answer_with_is_refused(
+    outputs: list[dict[str, object]], labels: tuple[str, ...] | None, problem: str
+) -> None:
+    """A manifest with such outputs is invalid."""
+    with pytest.raises(ValidationError, match=problem):
+        Signature.model_validate({"inputs": [{"name": "x"}], "outputs": outputs, "labels": labels})
+
+
 # -- inferring one -------------------------------------------------------------------------------------------------
 
 
@@ -297,8 +317,10 @@ def test_outputs_come_as_a_tensor_a_sequence_or_a_mapping(returned: Callable[[Te
         pytest.param(lambda rows: rows.sum(), r"got shape \(\)", id="one number for all"),
         pytest.param(lambda rows: (rows, rows), "returned 2 outputs, the signature has 1", id="one too many"),
         pytest.param(lambda rows: (), "returned 0 outputs, the signature has 1", id="none"),
-        pytest.param(lambda rows: {"other": rows}, "'out' is a NoneType, expected a tensor", id="another name"),
-        pytest.param(lambda rows: None, "'out' is a NoneType, expected a tensor", id="nothing"),
+        pytest.param(
+            lambda rows: {"other": rows}, r"'out' cannot be picked from 'other' \(float32 of shape", id="another name"
+        ),
+        pytest.param(lambda rows: None, "returned 0 outputs, the signature has 1", id="nothing"),
         pytest.param(lambda rows: rows.tolist(), "returned 4 outputs", id="lists of numbers"),
     ],
 )

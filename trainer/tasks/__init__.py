@@ -1,4 +1,4 @@
-"""What there is to train. A task brings the model, the data, the loss and the evaluation; the loop does the rest."""
+"""Tasks: what to train. A task brings the model, the data, the loss and the evaluation; the loop does the rest."""
 
 import hashlib
 import importlib
@@ -16,60 +16,60 @@ Batch = tuple[Tensor, ...]
 
 
 class Task(Protocol):
-    """Implement these in a class of your own and train it with `--task package.module:Class`.
+    """The interface of a task. Train a class of your own that implements it with `--task package.module:Class`.
 
-    The class is made without arguments. `architecture` must name a factory that the service can import and trusts
+    The class is called without arguments. `architecture` must name a factory that the service can import and trusts
     (`python -m service --trust package.module:factory`).
     """
 
     name: str
-    """The model's name: in the manifest and in every answer."""
+    """The model's name in the manifest and in every answer."""
 
     def architecture(self) -> Architecture:
-        """How a service builds the module."""
+        """Return how a service builds the module."""
         ...
 
     def signature(self) -> Signature:
-        """Names, dtypes and shapes of inputs and outputs, for one row."""
+        """Return names, dtypes and shapes of inputs and outputs, for one row."""
         ...
 
     def build_model(self) -> nn.Module:
-        """The module to train, with fresh weights from torch's random state."""
+        """Return the module to train, with fresh weights drawn from torch's random state."""
         ...
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
-        """The training batch of a step (from 0), on the CPU: a function of its arguments alone.
+        """Return the training batch of a step (from 0), on the CPU, as a function of the arguments alone.
 
-        That is what lets a killed run go on bit-exactly: no iterator's position has to be saved. See `seeded`.
+        So a killed run resumes bit-exactly without saving an iterator's position. See `seeded`.
         """
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The scalar to minimise; the batch is on the model's device."""
+        """Return the scalar to minimise; the batch is on the model's device."""
         ...
 
     def evaluate(self, model: nn.Module, device: torch.device) -> Mapping[str, float]:
-        """Metrics of a model in eval mode on held-out data, by name: "accuracy" shows in the progress bar."""
+        """Return metrics, by name, of a model in eval mode on held-out data. The display shows "accuracy"."""
         ...
 
     def probe(self) -> Tensor | Mapping[str, Tensor]:
-        """A few typical inputs, rows first."""
+        """Return a few typical inputs, rows first."""
         ...
 
 
 def find_task(name: str) -> Task:
-    """A built-in task by name, or a class by its import path. Raises `EmaswapError` when there is none."""
+    """Return a built-in task by name, or one of your own by import path. Raises `EmaswapError` if there is none."""
     path = _BUILT_IN.get(name, name)
     module, _, cls = path.partition(":")
     if not module or not cls:
-        raise EmaswapError(f"unknown task {name!r}: expected one of {sorted(_BUILT_IN)}, or package.module:Class")
+        raise EmaswapError(f"unknown task {name!r}: expected {', '.join(sorted(_BUILT_IN))}, or package.module:Class")
     try:
         task: Task = getattr(importlib.import_module(module), cls)()
-    except Exception as error:  # a task is somebody else's code and may raise anything
+    except Exception as error:  # a user's task may raise anything
         raise EmaswapError(f"cannot load task {name!r}: {type(error).__name__}: {error}") from error
     missing = [part for part in _PARTS if not hasattr(task, part)]
     if missing:
-        raise EmaswapError(f"{path} is no task: it lacks {', '.join(missing)}")
+        raise EmaswapError(f"{path} is not a task: it lacks {', '.join(missing)}")
     return task
 
 
@@ -77,6 +77,6 @@ _PARTS = ("name", "architecture", "signature", "build_model", "batch", "loss", "
 
 
 def seeded(*parts: int) -> torch.Generator:
-    """A generator whose numbers depend on just these integers, such as a seed and a step."""
+    """Return a generator whose numbers depend only on these integers, such as a seed and a step."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,4 +1,4 @@
-"""Handwritten digits: the 1,797 real 8×8 images that scikit-learn ships (UCI optical recognition of handwritten digits)."""
+"""The task `digits`: the 1,797 real 8×8 images of handwritten digits that scikit-learn ships, from the UCI repository."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -10,7 +10,7 @@ from trainer.tasks.images import LabelledImages, shifted
 
 
 class Digits(LabelledImages):
-    """Ten classes of digits; the split into 1,437 training and 360 test images never changes."""
+    """Ten classes of digits, with a fixed split into 1,437 training and 360 test images."""
 
     name = "digits"
 
@@ -27,7 +27,7 @@ class Digits(LabelledImages):
         return DigitsNet()
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Shift each image by up to one pixel either way, and add a little noise."""
+        """Shift each image by up to one pixel in each direction, and add a little noise."""
         moved = shifted(images, 1, generator)
         noise = torch.randn(moved.shape, generator=generator) * 0.03
         return (moved + noise).clamp_(0, 1)

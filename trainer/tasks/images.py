@@ -1,4 +1,4 @@
-"""What tasks that tell labelled images apart have in common."""
+"""The base of tasks that classify images."""
 
 from collections.abc import Mapping
 
@@ -13,18 +13,18 @@ from trainer.tasks import Batch, seeded
 class LabelledImages:
     """Images, (N, 1, H, W) with pixels in [0, 1], and their classes, (N,), split into training and test images.
 
-    A task of this kind adds `name`, `architecture` and `build_model`, and says in `augment` how an image may vary.
+    A subclass adds `name`, `architecture`, `build_model` and `augment`.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, *, test_rows: int, split_seed: int) -> None:
-        """Shuffle with `split_seed`, the same way each time, and put the first `test_rows` aside."""
+        """Shuffle with `split_seed`, and hold out the first `test_rows` for testing."""
         order = torch.randperm(len(labels), generator=seeded(split_seed))
         images, labels = images[order], labels[order]
         self.test_images, self.test_labels = images[:test_rows], labels[:test_rows]
         self.train_images, self.train_labels = images[test_rows:], labels[test_rows:]
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Other images that show the same; random numbers come from the generator alone."""
+        """Return varied images of the same classes; draw random numbers only from the generator."""
         raise NotImplementedError
 
     def signature(self) -> Signature:
@@ -59,7 +59,7 @@ class LabelledImages:
 
 
 def shifted(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to `pixels` either way, down and sideways; zeros come in from the edges."""
+    """Return each image shifted by up to `pixels` vertically and horizontally, filled with zeros at the edges."""
     rows, _, height, width = images.shape
     padded = functional.pad(images, (pixels,) * 4)
     down, right = torch.randint(0, 2 * pixels + 1, (2, rows, 1, 1), generator=generator)

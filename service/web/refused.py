@@ -1,0 +1,106 @@
+"""What a refusal is over HTTP: its status, its headers and its JSON. The one place that knows."""
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from service.refusal import Code, Refusal
+from service.serving.servable import Servable
+
+STATUS = {
+    Code.INVALID_HEADER: 400,
+    Code.INVALID_JSON: 400,
+    Code.UNAUTHORIZED: 401,
+    Code.ADMIN_IS_OFF: 403,
+    Code.NOT_FOUND: 404,
+    Code.UNKNOWN_VERSION: 404,
+    Code.METHOD_NOT_ALLOWED: 405,
+    Code.BODY_TIMEOUT: 408,
+    Code.STORE_IS_READ_ONLY: 409,
+    Code.VERSION_WAS_REJECTED: 409,
+    Code.VERSION_TOO_OLD: 412,
+    Code.BODY_TOO_LARGE: 413,
+    Code.TOO_MANY_ROWS: 413,
+    Code.UNSUPPORTED_MEDIA_TYPE: 415,
+    Code.INVALID_REQUEST: 422,
+    Code.INVALID_INPUTS: 422,
+    Code.WRONG_DTYPE: 422,
+    Code.WRONG_SHAPE: 422,
+    Code.NOT_FINITE: 422,
+    Code.MODEL_REFUSED: 422,
+    Code.QUEUE_IS_FULL: 429,
+    Code.FORWARD_TIMEOUT: 503,
+    Code.NO_LIVE_VERSION: 503,
+    Code.OUT_OF_MEMORY: 503,
+    Code.STORE_UNREACHABLE: 503,
+    Code.VERSION_CHANGED: 503,
+}
+
+_RETRY_AFTER_S = "1"
+
+# What the framework refuses by itself, by status. Anything else of it is an invalid request.
+_BY_STATUS = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}
+
+
+class TooOld(Refusal):
+    """The live version is older than the request demands; the answer names it."""
+
+    def __init__(self, live: Servable, wanted: int) -> None:
+        super().__init__(
+            Code.VERSION_TOO_OLD,
+            f"expected version {wanted} or later, version {live.version} is live; try again when it has arrived",
+        )
+        self.live = live
+
+
+def no_live_version(status: str) -> Refusal:
+    """Return the refusal for the time before the first version; `status` says what the service waits for."""
+    return Refusal(Code.NO_LIVE_VERSION, f"no version is live yet: {status}")
+
+
+def identity(servable: Servable) -> dict[str, str]:
+    """Return the headers that name a version, for a proxy or a client that does not parse the body."""
+    return {"X-Model-Version": str(servable.version), "X-Model-Digest": servable.digest}
+
+
+def headers(refusal: Refusal) -> dict[str, str]:
+    """Return the headers that a refusal has besides those of its body."""
+    status = STATUS[refusal.code]
+    if isinstance(refusal, TooOld):
+        return identity(refusal.live)
+    if status in (429, 503):
+        return {"Retry-After": _RETRY_AFTER_S}
+    return {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+
+
+def body(refusal: Refusal) -> bytes:
+    """Return a refusal as JSON. Text that UTF-8 cannot hold is escaped."""
+    detail = refusal.detail.encode("utf-8", "backslashreplace").decode()
+    return orjson.dumps({"error": refusal.code, "detail": detail})
+
+
+def install(app: FastAPI) -> None:
+    """Make an application answer everything that it refuses in this one form."""
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return Response(body(error), STATUS[error.code], headers(error), "application/json")
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+    return await _refused(request, Refusal(Code.INVALID_REQUEST, "; ".join(problems)))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _BY_STATUS.get(error.status_code, Code.INVALID_REQUEST)
+    refusal = Refusal(code, f"{request.method} {request.url.path}: {error.detail}; see /docs")
+    return Response(body(refusal), error.status_code, dict(error.headers or {}), "application/json")
