@@ -12,7 +12,7 @@ from benchmarks.report import Row
 from benchmarks.timing import interleaved
 from emaswap import Constant, ModelEMA
 
-_PROFILES = 4
+_VARIANTS = 4
 _MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"ResNet-50": (resnet50_like, 15), "ViT-B": (vit_b_like, 9)}
 
 
@@ -25,7 +25,7 @@ def measure() -> list[Row]:
             torch.set_num_threads(threads)
             suffix = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
             rows += _update(make(), suffix, rounds)
-            rows += _profiles(make(), suffix, rounds)
+            rows += _variants(make(), suffix, rounds)
             gc.collect()
     torch.set_num_threads(before)
     return rows
@@ -62,9 +62,9 @@ def _update(model: nn.Module, suffix: str, rounds: int) -> list[Row]:
     ]
 
 
-def _profiles(model: nn.Module, suffix: str, rounds: int) -> list[Row]:
-    schedules = [Constant(0.9 + number / 100) for number in range(_PROFILES)]
-    together = ModelEMA(model, schedules[0], profiles={str(each.decay): each for each in schedules[1:]})
+def _variants(model: nn.Module, suffix: str, rounds: int) -> list[Row]:
+    schedules = [Constant(0.9 + number / 100) for number in range(_VARIANTS)]
+    together = ModelEMA(model, schedules[0], variants={str(each.decay): each for each in schedules[1:]})
     apart = [ModelEMA(model, each) for each in schedules]
     one_pass, passes = interleaved(
         rounds,
@@ -73,7 +73,7 @@ def _profiles(model: nn.Module, suffix: str, rounds: int) -> list[Row]:
     )
     return [
         Row(
-            f"{_PROFILES} profiles in one pass against {_PROFILES} passes, {suffix}",
+            f"{_VARIANTS} averages in one pass against {_VARIANTS} passes, {suffix}",
             one_pass * 1000,
             "ms",
             passes * 1000,

@@ -17,7 +17,7 @@ class ServiceSettings(CommandSettings):
 
     store: str = Field(description="Directory of the store to follow; it need not be there yet.")
     variant: str | None = Field(
-        None, description="Which of a version's averages to serve, by the name of its profile; by default the main one."
+        None, description="Which of a version's averages to serve, by the name of a variant; by default the main one."
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one, which the log names.")

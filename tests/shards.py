@@ -24,7 +24,7 @@ from emaswap import Constant, EmaError, ModelEMA, Schedule
 from trainer.distributed import leave_group
 
 RANKS = 2
-PROFILES: dict[str, Schedule] = {"short": Constant(0.25)}
+VARIANTS: dict[str, Schedule] = {"short": Constant(0.25)}
 
 
 class Net(nn.Module):
@@ -80,13 +80,13 @@ def assert_same(states: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def check_the_average_of_shards_is_the_shards_of_the_average() -> None:
-    """Averaged in parts, each on its rank, and gathered, it is what averaging whole weights gives, profiles and all."""
+    """Averaged in parts, each on its rank, and gathered, it is what averaging whole weights gives, variants and all."""
     model = sharded(seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    ema = ModelEMA(model, Constant(0.75), profiles=PROFILES, update_every=2, factory=sharded)
+    ema = ModelEMA(model, Constant(0.75), variants=VARIANTS, update_every=2, factory=sharded)
     plain = Net()
     plain.load_state_dict(whole(model))
-    expected = ModelEMA(plain, Constant(0.75), profiles=PROFILES, update_every=2)
+    expected = ModelEMA(plain, Constant(0.75), variants=VARIANTS, update_every=2)
     assert 0 in {part.numel() for part in shards(model)} or distributed.get_rank() == 0
     assert sum(part.numel() for part in shards(ema.ema)) < sum(weight.numel() for weight in plain.parameters())
     for step in range(4):
@@ -94,7 +94,7 @@ def check_the_average_of_shards_is_the_shards_of_the_average() -> None:
         plain.load_state_dict(whole(model))
         assert ema.update(model) is expected.update(plain)
     assert_same(whole(ema.ema), dict(expected.ema.state_dict()))
-    assert_same(whole(ema.profiles["short"]), dict(expected.profiles["short"].state_dict()))
+    assert_same(whole(ema.variants["short"]), dict(expected.variants["short"].state_dict()))
 
 
 def check_a_number_that_is_not_finite_on_one_rank_is_left_out_on_all() -> None:
@@ -177,7 +177,7 @@ def check_the_average_is_swapped_into_a_sharded_model() -> None:
     """Inside the block the model answers as the average does, and after it, also where weights were gathered, as itself."""
     model = sharded(seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ema = ModelEMA(model, Constant(0.5), profiles=PROFILES, factory=sharded)
+    ema = ModelEMA(model, Constant(0.5), variants=VARIANTS, factory=sharded)
     for step in range(2):
         train(model, optimizer, step)
         ema.update(model)
@@ -186,7 +186,7 @@ def check_the_average_is_swapped_into_a_sharded_model() -> None:
     with torch.no_grad():
         answer = model(rows)  # leaves the weights gathered
         with ema.swapped_into(model, "short"):
-            assert torch.equal(model(rows), ema.profiles["short"](rows))
+            assert torch.equal(model(rows), ema.variants["short"](rows))
             assert not torch.equal(model(rows), answer)
         assert torch.equal(model(rows), answer)
     assert_same(whole(model), own)
@@ -229,17 +229,17 @@ def check_a_sharded_average_goes_on() -> None:
     """From its state, another average of the same shards goes on to the same bits."""
     model = sharded(seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    first = ModelEMA(model, profiles=PROFILES, factory=sharded)
+    first = ModelEMA(model, variants=VARIANTS, factory=sharded)
     train(model, optimizer, 0)
     first.update(model)
-    second = ModelEMA(model, profiles=PROFILES, factory=sharded)
+    second = ModelEMA(model, variants=VARIANTS, factory=sharded)
     second.load_state_dict(first.state_dict())
     train(model, optimizer, 1)
     for ema in (first, second):
         ema.update(model)
     assert second.updates == 2
     assert_same(whole(second.ema), whole(first.ema))
-    assert_same(whole(second.profiles["short"]), whole(first.profiles["short"]))
+    assert_same(whole(second.variants["short"]), whole(first.variants["short"]))
 
 
 def check_a_compiled_model_of_many_ranks_is_averaged() -> None:

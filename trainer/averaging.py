@@ -22,7 +22,7 @@ def average_of(model: nn.Module, settings: TrainerSettings) -> ModelEMA:
         schedule_of(settings),
         update_every=settings.ema_update_every,
         buffers=settings.ema_buffers,
-        profiles={name: PowerFunction.from_sigma_rel(width) for name, width in settings.variants.items()},
+        variants={name: PowerFunction.from_sigma_rel(width) for name, width in settings.variants.items()},
     )
 
 

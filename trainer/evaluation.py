@@ -13,7 +13,7 @@ from trainer.tasks import Task
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, ema: ModelEMA, precision: Precision) -> dict[str, float]:
     """Return the task's metrics of the raw weights and of each average: "raw_...", "ema_...", "ema_<variant>_..."."""
-    averages = {"ema": ema.ema} | {f"ema_{name}": module for name, module in ema.profiles.items()}
+    averages = {"ema": ema.ema} | {f"ema_{name}": module for name, module in ema.variants.items()}
     metrics: dict[str, float] = {}
     for kind, module in {"raw": model.eval(), **averages}.items():
         with precision.autocast():

@@ -42,7 +42,7 @@ class ModelEMA:
         update_every: int = 1,
         buffers: Buffers = "average",
         exclude: Iterable[str] = (),
-        profiles: Mapping[str, Schedule] | None = None,
+        variants: Mapping[str, Schedule] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         factory: Callable[[], nn.Module] | None = None,
@@ -58,7 +58,7 @@ class ModelEMA:
             update_every: take the weights in at every so many updates only, with the product of their decays.
             buffers: whether floating-point buffers (batch norm's statistics) are averaged or copied.
             exclude: names that are copied instead of averaged, with wildcards: "head.*".
-            profiles: further averages of the same model by name, each with a schedule of its own, all made in one pass.
+            variants: further averages of the same model by name, each with a schedule of its own, all made in one pass.
             device: where the averages live; by default where the model does.
             dtype: of the averages' floating-point state; by default the model's, and float32 for half precision.
             factory: makes the module to average in, for a model that cannot be deep-copied.
@@ -70,12 +70,12 @@ class ModelEMA:
             raise EmaError(f"update_every is at least 1, got {update_every}")
         model = unwrap(model)
         self.ema = _average_of(model, device=device, dtype=dtype, factory=factory)
-        self.profiles = {
-            name: _average_of(model, device=device, dtype=dtype, factory=factory) for name in profiles or {}
+        self.variants = {
+            name: _average_of(model, device=device, dtype=dtype, factory=factory) for name in variants or {}
         }
         self.updates = updates
         self.decay: Schedule = decay if callable(decay) else ExponentialRamp(decay, tau)
-        self.schedules = dict(profiles or {})
+        self.schedules = dict(variants or {})
         self.update_every = update_every
         self.buffers: Buffers = buffers
         self.exclude = tuple(exclude)
@@ -147,20 +147,20 @@ class ModelEMA:
         return self._skipped + (0 if self._skipped_on_device is None else int(self._skipped_on_device.item()))
 
     @contextmanager
-    def swapped_into(self, model: nn.Module, profile: str | None = None) -> Iterator[None]:
+    def swapped_into(self, model: nn.Module, variant: str | None = None) -> Iterator[None]:
         """Inside the block the model has the averaged weights; after it, whatever happens, its own again, bit for bit.
 
-        For evaluation in place: it takes one more copy of the weights. `profile` names another average than `ema`.
-        Raises `EmaError` when blocks are nested, or there is no such profile.
+        For evaluation in place: it takes one more copy of the weights. `variant` names another average than `ema`.
+        Raises `EmaError` when blocks are nested, or there is no such variant.
         """
         if self._swapped:
             raise EmaError("swapped_into() inside swapped_into(): the model's own weights are put aside already")
-        names = [None, *self.profiles]
-        if profile not in names:
-            raise EmaError(f"no profile {profile!r}: there are {', '.join(self.profiles) or 'none'}")
+        names = [None, *self.variants]
+        if variant not in names:
+            raise EmaError(f"no variant {variant!r}: there are {', '.join(self.variants) or 'none'}")
         model = unwrap(model)
         plan = self._planned(model)
-        pairs = plan.pairs(names.index(profile))
+        pairs = plan.pairs(names.index(variant))
         own = [weight.clone() for weight, _ in pairs]
         self._swapped = True
         try:
@@ -190,7 +190,7 @@ class ModelEMA:
         for name, value in vars(unwrap(model)).items():
             if name.startswith("_") or name in unwanted or (wanted and name not in wanted):
                 continue
-            for module in (self.ema, *self.profiles.values()):
+            for module in (self.ema, *self.variants.values()):
                 setattr(module, name, value)
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,9 +202,9 @@ class ModelEMA:
             "update_every": self.update_every,
             "schedule": self.decay.describe(),
             "ema": self.ema.state_dict(),
-            "profiles": {
+            "variants": {
                 name: {"schedule": self.schedules[name].describe(), "ema": module.state_dict()}
-                for name, module in self.profiles.items()
+                for name, module in self.variants.items()
             },
         }
 
@@ -212,17 +212,17 @@ class ModelEMA:
         """Go on exactly from what `state_dict` returned: without the count, a ramp would start over and forget the average.
 
         The saved schedules are taken over, too. A schedule class of your own, which cannot be made by name, must be
-        given at construction as it was. Raises `EmaError` when it was not, or when the profiles or the tensors are
+        given at construction as it was. Raises `EmaError` when it was not, or when the variants or the tensors are
         others; nothing has changed then.
         """
-        profiles = state.get("profiles", {})
-        if profiles.keys() != self.profiles.keys():
-            raise EmaError(f"the state has the profiles {sorted(profiles)}, this average {sorted(self.profiles)}")
+        variants = state.get("variants", {})
+        if variants.keys() != self.variants.keys():
+            raise EmaError(f"the state has the variants {sorted(variants)}, this average {sorted(self.variants)}")
         decay = _restored(self.decay, state.get("schedule"))
-        schedules = {name: _restored(self.schedules[name], saved["schedule"]) for name, saved in profiles.items()}
+        schedules = {name: _restored(self.schedules[name], saved["schedule"]) for name, saved in variants.items()}
         _load_all(
-            [self.ema, *(self.profiles[name] for name in profiles)],
-            [state["ema"], *(saved["ema"] for saved in profiles.values())],
+            [self.ema, *(self.variants[name] for name in variants)],
+            [state["ema"], *(saved["ema"] for saved in variants.values())],
         )
         self.decay, self.schedules = decay, schedules
         self.update_every = state.get("update_every", self.update_every)
@@ -235,7 +235,7 @@ class ModelEMA:
         return {**self.__dict__, "_plan": None, "_stepped": None, "_swapped": False}
 
     def _planned(self, model: nn.Module) -> Plan:
-        averages = [self.ema, *self.profiles.values()]
+        averages = [self.ema, *self.variants.values()]
         if self._plan is None or not self._plan.holds(averages, model):
             for module in (*averages, model):
                 _reshard(module)

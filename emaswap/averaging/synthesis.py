@@ -45,11 +45,11 @@ class Snapshot:
     update_every: int = 1
 
     @classmethod
-    def of(cls, ema: ModelEMA, profile: str | None = None) -> Self:
-        """A copy on the CPU of what an average, or one of its profiles, is now."""
-        if profile is not None and profile not in ema.profiles:
-            raise EmaError(f"no profile {profile!r}: there are {', '.join(ema.profiles) or 'none'}")
-        module, schedule = (ema.ema, ema.decay) if profile is None else (ema.profiles[profile], ema.schedules[profile])
+    def of(cls, ema: ModelEMA, variant: str | None = None) -> Self:
+        """A copy on the CPU of what an average, or one of its variants, is now."""
+        if variant is not None and variant not in ema.variants:
+            raise EmaError(f"no variant {variant!r}: there are {', '.join(ema.variants) or 'none'}")
+        module, schedule = (ema.ema, ema.decay) if variant is None else (ema.variants[variant], ema.schedules[variant])
         tensors = {
             plain_name(name): tensor.detach().to("cpu", copy=True) for name, tensor in module.state_dict().items()
         }
@@ -132,7 +132,7 @@ def synthesize(
     if not found.error <= max_error:
         raise EmaError(
             f"{len(snapshots)} snapshots give the profile of {target.describe()} with an error of {found.error:.3g}, "
-            f"expected at most {max_error:g}: take snapshots more often, track a second profile on the target's other "
+            f"expected at most {max_error:g}: take snapshots more often, track a second average on the target's other "
             "side, or accept it with max_error"
         )
     updates, _ = _asked(snapshots, updates)

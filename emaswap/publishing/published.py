@@ -12,12 +12,12 @@ from emaswap.store import Store, open_store
 from emaswap.versions.manifest import EmaInfo, Manifest
 
 
-def snapshots_of(store: Store | str | Path, *, profile: str | None = None, since: int = 1) -> list[Snapshot]:
+def snapshots_of(store: Store | str | Path, *, variant: str | None = None, since: int = 1) -> list[Snapshot]:
     """The published averages of a store, oldest first; their weights are read when they are combined.
 
     Args:
         store: a store, or the location of one.
-        profile: the published profile to take, instead of the average itself.
+        variant: the published variant to take, instead of the average itself.
         since: the first version to take: with a store that has seen several training runs, that of the last one.
 
     Versions that were pruned or cannot be read are passed over; so are those that a resumed training went back before.
@@ -25,24 +25,24 @@ def snapshots_of(store: Store | str | Path, *, profile: str | None = None, since
     """
     store = store if isinstance(store, Store) else open_store(store)
     found: list[Snapshot] = []
-    profiles: set[str] = set()
+    variants: set[str] = set()
     stored = store.stored("weights")
     for version in reversed([version for version in store.versions() if version >= since]):
         manifest = store.readable(version)
         if manifest is None:
             continue
-        profiles |= manifest.variants.keys()
-        if profile is not None:
-            if profile not in manifest.variants:
+        variants |= manifest.variants.keys()
+        if variant is not None:
+            if variant not in manifest.variants:
                 continue
-            manifest = manifest.of_variant(profile)
+            manifest = manifest.of_variant(variant)
         is_average = manifest.ema.schedule != "none"
         is_before = not found or manifest.ema.updates < found[-1].updates
         if is_average and is_before and manifest.weights.digest in stored:
             found.append(_published(manifest, partial(_read, store, manifest.weights)))
     if not found:
-        of = "a ModelEMA" if profile is None else f"a ModelEMA with the profile {profile!r}"
-        there = f"; its profiles: {', '.join(sorted(profiles)) or 'none'}" if profile is not None else ""
+        of = "a ModelEMA" if variant is None else f"a ModelEMA with the variant {variant!r}"
+        there = f"; its variants: {', '.join(sorted(variants)) or 'none'}" if variant is not None else ""
         raise EmaError(f"expected versions published from {of}, but {store.location} has none{there}")
     return found[::-1]
 

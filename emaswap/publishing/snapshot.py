@@ -78,7 +78,7 @@ class PrivateCopy:
             averaged: how a plain module was averaged, if it was.
         """
         if isinstance(ema, ModelEMA):
-            sources = {MAIN: ema.ema, **ema.profiles}
+            sources = {MAIN: ema.ema, **ema.variants}
             schedules = {MAIN: ema.decay, **ema.schedules}
             self.infos = {name: _info(ema, schedules[name], source) for name, source in sources.items()}
         else:

@@ -80,7 +80,7 @@ class ProbeInfo(Blob):
 
 
 class Variant(_Frozen):
-    """Another average of the same model at the same step (a profile): its weights, how it came about, its probe."""
+    """Another average of the same model at the same step: its weights, how it came about, its probe."""
 
     weights: WeightsInfo
     ema: EmaInfo

@@ -96,12 +96,12 @@ def _normalised() -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_a_factory_makes_an_average_of_weight_normalisation_of_the_old_kind() -> None:
-    """It computes a weight that is no leaf: nothing of it can be copied, and all of it is averaged, in each profile."""
+    """It computes a weight that is no leaf: nothing of it can be copied, and all of it is averaged, in each variant."""
     model = _normalised()
     model(torch.randn(4, 3)).sum().backward()
     with pytest.raises(EmaError, match=r"Sequential cannot be deep-copied .*: give ModelEMA\(..., factory=...\)"):
         ModelEMA(model)
-    ema = ModelEMA(model, Constant(0.5), profiles={"newest": Constant(0.0)}, factory=_normalised)
+    ema = ModelEMA(model, Constant(0.5), variants={"newest": Constant(0.0)}, factory=_normalised)
     assert_same(ema.ema, state_of(model))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,7 +113,7 @@ def test_a_factory_makes_an_average_of_weight_normalisation_of_the_old_kind() ->
     assert ema.update(model) is True
     torch.testing.assert_close(dict(ema.ema.state_dict()), halfway)
     rows = torch.randn(4, 3)
-    assert torch.equal(ema.profiles["newest"](rows), model.eval()(rows))
+    assert torch.equal(ema.variants["newest"](rows), model.eval()(rows))
     assert not any(parameter.requires_grad for parameter in ema.ema.parameters())
     with ema.swapped_into(model):
         assert torch.equal(ema.ema(rows), model(rows))
@@ -190,7 +190,7 @@ def test_a_step_that_is_not_finite_never_enters_the_average(dtype: torch.dtype, 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_one_bad_number_anywhere_leaves_the_average_as_if_that_step_had_not_been(data: st.DataObject) -> None:
-    """Whatever the dtypes and shapes, in a parameter or in a buffer, for every profile and within any interval."""
+    """Whatever the dtypes and shapes, in a parameter or in a buffer, for every variant and within any interval."""
     model = nn.Module()
     names = []
     for number in range(data.draw(st.integers(1, 4))):
@@ -205,7 +205,7 @@ def test_one_bad_number_anywhere_leaves_the_average_as_if_that_step_had_not_been
     place = data.draw(st.sampled_from(names))
     bad = data.draw(st.sampled_from(BAD))
     schedule = data.draw(st.sampled_from(SCHEDULES))
-    ema, other = (ModelEMA(model, schedule, profiles={"short": Constant(0.5)}, update_every=every) for _ in range(2))
+    ema, other = (ModelEMA(model, schedule, variants={"short": Constant(0.5)}, update_every=every) for _ in range(2))
     for step in range(1, 7):
         with torch.no_grad():
             for tensor in model.state_dict().values():
@@ -220,7 +220,7 @@ def test_one_bad_number_anywhere_leaves_the_average_as_if_that_step_had_not_been
         assert ema.update(model) is other.update(model)
     assert ema.updates == other.updates
     assert_same(ema.ema, state_of(other.ema))
-    assert_same(ema.profiles["short"], state_of(other.profiles["short"]))
+    assert_same(ema.variants["short"], state_of(other.variants["short"]))
     assert all(tensor.isfinite().all() for tensor in ema.ema.state_dict().values())
 
 
@@ -402,7 +402,7 @@ def test_counters_are_plain_numbers() -> None:
 def test_no_update_waits_for_a_device(decay: float) -> None:
     """On the "meta" device no number can be read at all, and updates go on, guard and all; only `skipped` must wait."""
     model = Everything().to("meta")
-    ema = ModelEMA(model, Constant(decay), profiles={"short": Constant(0.5)}, update_every=2)
+    ema = ModelEMA(model, Constant(decay), variants={"short": Constant(0.5)}, update_every=2)
     with torch.library._scoped_library("aten", "IMPL", "Meta") as library:
         library.impl("_fused_sgd_", lambda *_, **__: None)  # torch has none, and there is nothing to compute
         assert [ema.update(model) for _ in range(4)] == [False, True] * 2
@@ -488,17 +488,17 @@ class Counting(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("evaluated", ["the average", "a profile", "the model", "in its place"])
+@pytest.mark.parametrize("evaluated", ["the average", "a variant", "the model", "in its place"])
 @pytest.mark.parametrize("buffers", ["average", "copy"])
 def test_evaluating_in_inference_mode_does_not_stop_the_updates(
     evaluated: str, buffers: Literal["average", "copy"]
 ) -> None:
     """Whoever leaves inference tensors in whose state, the next update takes the model's as ever, and training goes on."""
     model = Counting()
-    ema = ModelEMA(model, Constant(0.5), profiles={"short": Constant(0.0)}, buffers=buffers)
+    ema = ModelEMA(model, Constant(0.5), variants={"short": Constant(0.0)}, buffers=buffers)
     model(torch.ones(2, 2))
     ema.update(model)
-    modules = {"the average": ema.ema, "a profile": ema.profiles["short"], "the model": model, "in its place": model}
+    modules = {"the average": ema.ema, "a variant": ema.variants["short"], "the model": model, "in its place": model}
     with torch.inference_mode():
         if evaluated == "in its place":
             with ema.swapped_into(model):
@@ -507,7 +507,7 @@ def test_evaluating_in_inference_mode_does_not_stop_the_updates(
             modules[evaluated](torch.full((2, 2), 5.0))
     model(torch.ones(2, 2)).sum().backward()
     assert ema.update(model) is True
-    assert_same(ema.profiles["short"], state_of(model))
+    assert_same(ema.variants["short"], state_of(model))
     assert ema.ema.state_dict()["seen"].item() == (6 if evaluated == "the model" else 4)
 
 
@@ -515,11 +515,11 @@ def test_an_average_made_in_inference_mode_is_updated() -> None:
     """It consists of inference tensors from the start, and follows all the same."""
     model = Everything()
     with torch.inference_mode():
-        ema = ModelEMA(model, Constant(0.0), profiles={"short": Constant(0.0)})
+        ema = ModelEMA(model, Constant(0.0), variants={"short": Constant(0.0)})
     model(torch.randn(4, 6))
     ema.update(model)
     assert_same(ema.ema, state_of(model))
-    assert_same(ema.profiles["short"], state_of(model))
+    assert_same(ema.variants["short"], state_of(model))
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------

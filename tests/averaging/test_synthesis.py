@@ -62,12 +62,12 @@ class Vector(nn.Module):
 
 
 def walked(
-    schedule: Schedule, profiles: Mapping[str, Schedule], *, updates: int, every: int, update_every: int = 1
+    schedule: Schedule, variants: Mapping[str, Schedule], *, updates: int, every: int, update_every: int = 1
 ) -> tuple[ModelEMA, list[Snapshot]]:
     """A random walk of 200 numbers, its averages at the end, and a snapshot of the first one every so often."""
     generator = torch.Generator().manual_seed(0)
     model = Vector(200)
-    ema = ModelEMA(model, schedule, profiles=profiles, update_every=update_every)
+    ema = ModelEMA(model, schedule, variants=variants, update_every=update_every)
     snapshots = []
     for update in range(1, updates + 1):
         with torch.no_grad():
@@ -255,7 +255,7 @@ def trained() -> Trained:
     model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     widths = {name: PowerFunction.from_sigma_rel(width) for name, width in SYNTHESISED.items()}
-    ema = ModelEMA(model, NARROW, profiles={"wide": WIDE, **widths})
+    ema = ModelEMA(model, NARROW, variants={"wide": WIDE, **widths})
     snapshots = []
     for step in range(1, 2001):
         batch = torch.randint(1437, (32,))
@@ -273,9 +273,9 @@ def trained() -> Trained:
 def test_training_gives_the_average_that_was_not_tracked(trained: Trained, name: str, every: int, limit: float) -> None:
     """From two widths at 10 or 20 instants, a third is within 2 or 0.2 % of its distance to the nearer of them."""
     snapshots = [snapshot for snapshot in trained.snapshots if snapshot.updates % every == 0]
-    tracked = trained.ema.profiles[name].state_dict()
+    tracked = trained.ema.variants[name].state_dict()
     found = synthesize(snapshots, PowerFunction.from_sigma_rel(SYNTHESISED[name]))
-    apart = min(distance(other.state_dict(), tracked) for other in (trained.ema.ema, trained.ema.profiles["wide"]))
+    apart = min(distance(other.state_dict(), tracked) for other in (trained.ema.ema, trained.ema.variants["wide"]))
     assert distance(found, tracked) < limit * apart
     assert all(found[each].dtype == tensor.dtype for each, tensor in tracked.items())
 
@@ -283,7 +283,7 @@ def test_training_gives_the_average_that_was_not_tracked(trained: Trained, name:
 @torch.no_grad()
 def test_what_was_synthesised_is_a_network_that_works(trained: Trained) -> None:
     """The state loads into the model as it is, and answers as the tracked average does."""
-    network, tracked = build_like(trained.ema.ema), trained.ema.profiles["8 %"]
+    network, tracked = build_like(trained.ema.ema), trained.ema.variants["8 %"]
     network.load_state_dict(synthesize(trained.snapshots, PowerFunction.from_sigma_rel(0.08)))
     torch.testing.assert_close(network(trained.rows), tracked(trained.rows), rtol=1e-3, atol=1e-3)
     accuracy = (network(trained.rows).argmax(1) == trained.labels).float().mean().item()
@@ -315,7 +315,7 @@ def test_any_schedule_comes_from_any_other(
 ) -> None:
     """One tracked average, looked at often, gives others: nearer to them than the share of the way to it that is named."""
     ema, snapshots = walked(tracked, {"target": target}, updates=1000, every=every, update_every=update_every)
-    direct = ema.profiles["target"].state_dict()
+    direct = ema.variants["target"].state_dict()
     found = synthesize(snapshots, target, max_error=1)
     assert distance(found, direct) < limit * distance(ema.ema.state_dict(), direct)
 
@@ -325,7 +325,7 @@ def test_an_earlier_average_can_be_asked_for() -> None:
     ema, _ = walked(WIDE, {"narrow": NARROW}, updates=700, every=1000)
     _, snapshots = walked(WIDE, {}, updates=1000, every=10)
     found = synthesize(snapshots, NARROW, updates=700)
-    direct = ema.profiles["narrow"].state_dict()
+    direct = ema.variants["narrow"].state_dict()
     assert distance(found, direct) < 0.05 * distance(ema.ema.state_dict(), direct)
 
 
@@ -390,10 +390,10 @@ def test_states_are_read_one_after_the_other() -> None:
 
 
 def test_a_snapshot_of_an_average_is_a_copy() -> None:
-    """It holds what the average or the profile was, and nothing that happens later."""
+    """It holds what the average or the variant was, and nothing that happens later."""
     torch.manual_seed(0)
     model = Everything()
-    ema = ModelEMA(model, WIDE, profiles={"narrow": NARROW}, update_every=2)
+    ema = ModelEMA(model, WIDE, variants={"narrow": NARROW}, update_every=2)
     for _ in range(4):
         nn.init.normal_(model.encode.weight)
         ema.update(model)
@@ -489,10 +489,10 @@ def test_too_large_an_error_is_refused_before_anything_is_read() -> None:
     assert synthesize(accepted, NARROW, max_error=error * 1.01)["w"].item() == 1
 
 
-def test_a_snapshot_of_a_profile_that_is_not_there_is_refused() -> None:
-    """The error names the profiles there are."""
-    ema = ModelEMA(Linear(), WIDE, profiles={"narrow": NARROW})
-    with pytest.raises(EmaError, match="no profile 'wide': there are narrow"):
+def test_a_snapshot_of_a_variant_that_is_not_there_is_refused() -> None:
+    """The error names the variants there are."""
+    ema = ModelEMA(Linear(), WIDE, variants={"narrow": NARROW})
+    with pytest.raises(EmaError, match="no variant 'wide': there are narrow"):
         Snapshot.of(ema, "wide")
 
 

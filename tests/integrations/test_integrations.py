@@ -423,7 +423,7 @@ def test_an_ultralytics_run_that_is_stopped(
 def average() -> ModelEMA:
     """An average with all that its state can have."""
     model = Linear()
-    average = ModelEMA(model, Constant(0.5), profiles={"long": Constant(0.9)})
+    average = ModelEMA(model, Constant(0.5), variants={"long": Constant(0.9)})
     average.update(model)
     return average
 
@@ -434,7 +434,7 @@ def test_an_average_saved_beside_a_checkpoint_is_the_same(tmp_path: Path, averag
     average.updates += 1
     path = sidecar.save(tmp_path, "emaswap", average.state_dict())
     assert list(tmp_path.iterdir()) == [path]
-    other = ModelEMA(Linear(), Constant(0.1), profiles={"long": Constant(0.2)})
+    other = ModelEMA(Linear(), Constant(0.1), variants={"long": Constant(0.2)})
     loaded = sidecar.load(tmp_path, "emaswap")
     assert loaded is not None
     other.load_state_dict(loaded)

@@ -205,15 +205,15 @@ def test_the_scaling_rule(stream: Stream, decay: float, kappa: float) -> None:
 
 @some
 @given(streams, st.sampled_from(["average", "copy"]))
-def test_profiles_are_averages_of_their_own(stream: Stream, buffers: Any) -> None:
+def test_variants_are_averages_of_their_own(stream: Stream, buffers: Any) -> None:
     """Averages made in one pass are each what they would be alone."""
     model = stream.start()
-    profiles: dict[str, Schedule] = {"short": Constant(0.5), "long": PowerFunction(6.94)}
-    together = ModelEMA(model, Constant(0.9), profiles=profiles, buffers=buffers)
-    alone = {name: ModelEMA(model, schedule, buffers=buffers) for name, schedule in profiles.items()}
+    variants: dict[str, Schedule] = {"short": Constant(0.5), "long": PowerFunction(6.94)}
+    together = ModelEMA(model, Constant(0.9), variants=variants, buffers=buffers)
+    alone = {name: ModelEMA(model, schedule, buffers=buffers) for name, schedule in variants.items()}
     stream.run(model, *(lambda each=each: each.update(model) for each in (together, *alone.values())))
     for name, average in alone.items():
-        assert_close(together.profiles[name].state_dict(), average.ema.state_dict(), 1e-6)
+        assert_close(together.variants[name].state_dict(), average.ema.state_dict(), 1e-6)
 
 
 # -- torch -----------------------------------------------------------------------------------------------------------

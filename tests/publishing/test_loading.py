@@ -57,13 +57,13 @@ def test_what_emaswap_brings_itself_needs_no_trust(store: DirectoryStore) -> Non
 def test_a_variant_is_loaded_by_its_name(store: DirectoryStore) -> None:
     """Each average of a version can be loaded; one that is not there is an error that names those that are."""
     model = Linear()
-    ema = ModelEMA(model, decay=Constant(0.0), profiles={"long": Constant(0.9)})
+    ema = ModelEMA(model, decay=Constant(0.0), variants={"long": Constant(0.9)})
     with torch.no_grad():
         model.layer.weight.add_(1)
     ema.update(model)
     with Publisher(store, name="linear", architecture=Architecture.of(Linear), probe=ROWS) as publisher:
         publisher.publish(ema)
-    assert torch.equal(load(store, trusted=TRUST, variant="long")(ROWS), ema.profiles["long"](ROWS))
+    assert torch.equal(load(store, trusted=TRUST, variant="long")(ROWS), ema.variants["long"](ROWS))
     assert torch.equal(load(store, trusted=TRUST)(ROWS), ema.ema(ROWS))
     with pytest.raises(BadVersion, match="its variants: long"):
         load(store, trusted=TRUST, variant="short")

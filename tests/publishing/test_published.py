@@ -83,15 +83,15 @@ def begin(store: DirectoryStore) -> Iterator[Begin]:
 
 
 def test_published_versions_give_an_average_that_was_not_tracked(begin: Begin) -> None:
-    """Versions with a profile hold all it takes: what comes out fills the network that they describe."""
+    """Versions with a variant hold all it takes: what comes out fills the network that they describe."""
     target = PowerFunction.from_sigma_rel(0.075)
-    run = begin(profiles={"wide": WIDE, "target": target})
+    run = begin(variants={"wide": WIDE, "target": target})
     run.walk(200, every=10)
-    snapshots = [*snapshots_of(run.store), *snapshots_of(str(run.store.root), profile="wide")]
+    snapshots = [*snapshots_of(run.store), *snapshots_of(str(run.store.root), variant="wide")]
     assert [snapshot.updates for snapshot in snapshots] == [*range(10, 201, 10)] * 2
     assert [snapshot.schedule for snapshot in snapshots] == [NARROW] * 20 + [WIDE] * 20
     found = synthesize(snapshots, target)
-    direct = run.ema.profiles["target"].state_dict()
+    direct = run.ema.variants["target"].state_dict()
     assert distance(found, direct) < 0.01 * distance(run.ema.ema.state_dict(), direct)
     network = build(run.store.manifest(20).architecture, trusted=["tests.models:Linear"])
     fill(network, found)
@@ -142,14 +142,14 @@ def test_what_cannot_be_used_is_passed_over(begin: Begin) -> None:
 
 
 def test_a_store_without_such_averages_is_refused(begin: Begin) -> None:
-    """The error says what was expected, and which profiles there are."""
-    run = begin(profiles={"wide": WIDE})
+    """The error says what was expected, and which variants there are."""
+    run = begin(variants={"wide": WIDE})
     run.publish(run.model)
     with pytest.raises(EmaError, match=f"from a ModelEMA, but {run.store.location} has none$"):
         snapshots_of(run.store)
     run.publish()
-    with pytest.raises(EmaError, match="with the profile 'narrow', but .* has none; its profiles: wide$"):
-        snapshots_of(run.store, profile="narrow")
+    with pytest.raises(EmaError, match="with the variant 'narrow', but .* has none; its variants: wide$"):
+        snapshots_of(run.store, variant="narrow")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from emaswap.publishing.snapshot import PrivateCopy, Staging
 from tests.models import Everything, Linear
 from tests.serving import ServiceProcess, serve
 
-PROFILES = {"short": Constant(0.5), "long": Constant(0.9)}
+VARIANTS = {"short": Constant(0.5), "long": Constant(0.9)}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -33,7 +33,7 @@ def moved(model: nn.Module, ema: ModelEMA, updates: int = 3) -> None:
 def published(store: DirectoryStore, **options: object) -> ModelEMA:
     """A version of a small network with two variants."""
     model = Linear()
-    ema = ModelEMA(model, decay=Constant(0.0), profiles=PROFILES)
+    ema = ModelEMA(model, decay=Constant(0.0), variants=VARIANTS)
     moved(model, ema)
     architecture = Architecture.of(Linear)
     with Publisher(store, name="linear", architecture=architecture, probe=torch.ones(2, 3), **options) as publisher:  # type: ignore[arg-type]
@@ -49,13 +49,13 @@ def verify(store: DirectoryStore) -> Result:
 # -- variants ------------------------------------------------------------------------------------------------------
 
 
-def test_profiles_are_variants_of_the_version(store: DirectoryStore) -> None:
-    """Each profile has weights, a probe and a provenance of its own beside the main average's."""
+def test_variants_are_published_with_the_version(store: DirectoryStore) -> None:
+    """Each variant has weights, a probe and a provenance of its own beside the main average's."""
     ema = published(store)
     manifest = store.manifest(1)
     assert manifest.ema.decay == 0.0
     assert {name: variant.ema.decay for name, variant in manifest.variants.items()} == {"short": 0.5, "long": 0.9}
-    for name, module in ema.profiles.items():
+    for name, module in ema.variants.items():
         variant = manifest.of_variant(name)
         tensors = store.tensors("weights", variant.weights).tensors
         torch.testing.assert_close(tensors, dict(module.state_dict()), rtol=0, atol=0)
@@ -78,7 +78,7 @@ def test_verify_proves_every_variant(store: DirectoryStore) -> None:
 def test_retention_keeps_and_prunes_variants_with_their_version(store: DirectoryStore) -> None:
     """What is left of pruned versions are the files of those that are kept."""
     model = Linear()
-    ema = ModelEMA(model, decay=Constant(0.0), profiles=PROFILES)
+    ema = ModelEMA(model, decay=Constant(0.0), variants=VARIANTS)
     with Publisher(
         store, name="linear", architecture=Architecture.of(Linear), probe=torch.ones(1, 3), keep=1, grace_s=0
     ) as publisher:
@@ -97,7 +97,7 @@ def test_a_service_serves_the_variant_that_it_is_told_to(store: DirectoryStore) 
     ema = published(store)
     with ServiceProcess(store.root, "--variant", "long") as served:
         answer = served.predict([[1.0, 2.0, 3.0]]).json()
-    expected = ema.profiles["long"](torch.tensor([[1.0, 2.0, 3.0]]))
+    expected = ema.variants["long"](torch.tensor([[1.0, 2.0, 3.0]]))
     torch.testing.assert_close(torch.tensor(answer["outputs"]), expected, rtol=0, atol=0)
     assert answer["model"]["digest"] == store.manifest(1).variants["long"].weights.digest
 

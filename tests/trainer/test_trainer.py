@@ -336,7 +336,7 @@ def test_buffers_may_be_copied_instead_of_averaged(tmp_path: Path, in_process: N
 
 
 def test_further_averages_are_evaluated_and_published(tmp_path: Path, in_process: None) -> None:
-    """Each profile has metrics of its own, and is a variant of the version; the main average is what it was."""
+    """Each variant has metrics of its own, and is published with the version; the main average is what it was."""
     assert train_here(tmp_path / "plain") == 0
     assert train_here(tmp_path / "store", "--ema-variant", "narrow=0.05", "--ema-variant", "wide=0.2, x=0.1") == 0
     manifest = newest(tmp_path / "store")

@@ -34,7 +34,7 @@ SCHEDULES: list[Schedule] = [
     PowerFunction.from_sigma_rel(0.1),
     Scaled(ExponentialRamp(0.99, 20), 4.0),
 ]
-PROFILES: dict[str, Schedule] = {"short": Constant(0.5), "power": PowerFunction(6.94)}
+VARIANTS: dict[str, Schedule] = {"short": Constant(0.5), "power": PowerFunction(6.94)}
 
 
 def drift_(module: nn.Module) -> None:
@@ -64,19 +64,19 @@ class Zoo(nn.Module):
 
 
 @pytest.mark.parametrize("slice_size", [1, 16, 1 << 20])
-def test_profiles_equal_as_many_averages_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, slice_size: int) -> None:
-    """However the tensors are cut and grouped, each profile is what a `ModelEMA` of its own would be."""
+def test_variants_equal_as_many_averages_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, slice_size: int) -> None:
+    """However the tensors are cut and grouped, each variant is what a `ModelEMA` of its own would be."""
     monkeypatch.setattr("emaswap.averaging.plan._SLICE", slice_size)
     torch.manual_seed(0)
     model = Zoo()
-    together = ModelEMA(model, Constant(0.9), profiles=PROFILES)
-    apart = {"": ModelEMA(model, Constant(0.9))} | {name: ModelEMA(model, each) for name, each in PROFILES.items()}
+    together = ModelEMA(model, Constant(0.9), variants=VARIANTS)
+    apart = {"": ModelEMA(model, Constant(0.9))} | {name: ModelEMA(model, each) for name, each in VARIANTS.items()}
     for _ in range(4):
         drift_(model)
         together.update(model)
         for ema in apart.values():
             ema.update(model)
-    for name, module in {"": together.ema, **together.profiles}.items():
+    for name, module in {"": together.ema, **together.variants}.items():
         assert_same(module, state_of(apart[name].ema))
     assert together.ema.state_dict()["image"].is_contiguous(memory_format=torch.channels_last)
 
@@ -115,23 +115,23 @@ def random_(module: nn.Module) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(modules(), st.integers(1, 40), st.sampled_from([None, torch.float32, torch.float64]), st.integers(1, 3))
-def test_any_module_has_the_profiles_that_as_many_averages_would_have(
+def test_any_module_has_the_variants_that_as_many_averages_would_have(
     model: nn.Module, slice_size: int, dtype: torch.dtype | None, every: int
 ) -> None:
     """Whatever the tensors are, wherever they are cut, and into which dtype they are averaged: the same bits."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("emaswap.averaging.plan._SLICE", slice_size)
-        together = ModelEMA(model, Constant(0.9), profiles=PROFILES, dtype=dtype, update_every=every)
+        together = ModelEMA(model, Constant(0.9), variants=VARIANTS, dtype=dtype, update_every=every)
         apart = {
             name: ModelEMA(model, schedule, dtype=dtype, update_every=every)
-            for name, schedule in {"": Constant(0.9), **PROFILES}.items()
+            for name, schedule in {"": Constant(0.9), **VARIANTS}.items()
         }
         for _ in range(4):
             random_(model)
             for ema in (together, *apart.values()):
                 ema.update(model)
-    for name, module in {"": together.ema, **together.profiles}.items():
+    for name, module in {"": together.ema, **together.variants}.items():
         assert_same(module, state_of(apart[name].ema))
 
 
@@ -148,14 +148,14 @@ def test_the_pass_that_minds_a_flag_on_the_device_is_the_plain_one_or_nothing(
     """`run_unless` takes any tensors, weights and dtypes, and does what `run` does, unless the flag forbids it."""
     torch.manual_seed(0)
     random_(model)
-    ema, other = (ModelEMA(model, profiles=PROFILES, dtype=dtype) for _ in range(2))
+    ema, other = (ModelEMA(model, variants=VARIANTS, dtype=dtype) for _ in range(2))
     random_(model)
-    before = [state_of(module) for module in (ema.ema, *ema.profiles.values())]
+    before = [state_of(module) for module in (ema.ema, *ema.variants.values())]
     with torch.no_grad():
         ema._planned(model).run_unless(torch.tensor([float(found)]), weights)
         other._planned(model).run(weights)
     for module, plain, unchanged in zip(
-        (ema.ema, *ema.profiles.values()), (other.ema, *other.profiles.values()), before, strict=True
+        (ema.ema, *ema.variants.values()), (other.ema, *other.variants.values()), before, strict=True
     ):
         if found:
             assert_same(module, unchanged)
@@ -169,7 +169,7 @@ def test_the_pass_that_minds_a_flag_on_the_device_is_the_plain_one_or_nothing(
 def test_an_empty_tensor_may_come_first() -> None:
     """A layer without inputs has weights, too: none."""
     model = nn.ParameterList([nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.zeros(2))])
-    ema = ModelEMA(model, Constant(0.5), profiles=PROFILES)
+    ema = ModelEMA(model, Constant(0.5), variants=VARIANTS)
     nn.init.ones_(model[1])
     assert ema.update(model) is True
     assert ema.ema.state_dict()["1"].tolist() == [0.5, 0.5]
@@ -177,12 +177,12 @@ def test_an_empty_tensor_may_come_first() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.dictionaries(st.text("abc", min_size=1), st.sampled_from(SCHEDULES), max_size=3), st.integers(1, 4))
-def test_every_profile_follows_the_formula_of_its_own_schedule(profiles: dict[str, Schedule], every: int) -> None:
+def test_every_variant_follows_the_formula_of_its_own_schedule(variants: dict[str, Schedule], every: int) -> None:
     """Against double precision, each with the product of its own decays over an interval."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    schedules = {"": Constant(0.99), **profiles}
-    ema = ModelEMA(model, schedules[""], profiles=profiles, update_every=every)
+    schedules = {"": Constant(0.99), **variants}
+    ema = ModelEMA(model, schedules[""], variants=variants, update_every=every)
     expected = dict.fromkeys(schedules, model.weight.detach().double())
     for end in range(every, 24, every):
         for _ in range(every):
@@ -191,7 +191,7 @@ def test_every_profile_follows_the_formula_of_its_own_schedule(profiles: dict[st
         for name, schedule in schedules.items():
             decay = math.prod(schedule(number) for number in range(end - every + 1, end + 1))
             expected[name] = decay * expected[name] + (1 - decay) * model.weight.detach().double()
-    for name, module in {"": ema.ema, **ema.profiles}.items():
+    for name, module in {"": ema.ema, **ema.variants}.items():
         torch.testing.assert_close(module.state_dict()["weight"].double(), expected[name], rtol=1e-5, atol=1e-5)
 
 
@@ -273,34 +273,34 @@ def test_an_interval_below_1_is_an_error() -> None:
         ModelEMA(nn.Linear(1, 1), update_every=0)
 
 
-def test_a_profile_can_be_swapped_into_the_model() -> None:
+def test_a_variant_can_be_swapped_into_the_model() -> None:
     """By its name; an unknown one is an error that names those there are."""
     torch.manual_seed(0)
     model = Everything()
-    ema = ModelEMA(model, profiles=PROFILES)
+    ema = ModelEMA(model, variants=VARIANTS)
     for _ in range(3):
         drift_(model)
         ema.update(model)
     own = state_of(model)
     with ema.swapped_into(model, "short"):
-        assert_same(model, state_of(ema.profiles["short"]))
+        assert_same(model, state_of(ema.variants["short"]))
     assert_same(model, own)
-    with pytest.raises(EmaError, match="no profile 'long': there are short, power"), ema.swapped_into(model, "long"):
+    with pytest.raises(EmaError, match="no variant 'long': there are short, power"), ema.swapped_into(model, "long"):
         pass
 
 
-@pytest.mark.parametrize("profile", [None, "short", "power"])
-def test_a_wide_average_is_swapped_into_a_narrow_model(profile: str | None) -> None:
+@pytest.mark.parametrize("variant", [None, "short", "power"])
+def test_a_wide_average_is_swapped_into_a_narrow_model(variant: str | None) -> None:
     """In the block a bfloat16 model has the average rounded to it, and after it its own bits."""
     torch.manual_seed(0)
     model = Zoo().bfloat16()
-    ema = ModelEMA(model, Constant(0.9), profiles=PROFILES)
+    ema = ModelEMA(model, Constant(0.9), variants=VARIANTS)
     for _ in range(3):
         drift_(model)
         ema.update(model)
     own = state_of(model)
-    average = ema.ema if profile is None else ema.profiles[profile]
-    with ema.swapped_into(model, profile):
+    average = ema.ema if variant is None else ema.variants[variant]
+    with ema.swapped_into(model, variant):
         assert_same(model, {name: tensor.to(own[name].dtype) for name, tensor in state_of(average).items()})
     assert_same(model, own)
 
@@ -333,7 +333,7 @@ def _pickled(ema: ModelEMA) -> ModelEMA:
 
 
 def _loaded(ema: ModelEMA) -> ModelEMA:
-    again = ModelEMA(Everything(), Constant(0.1), profiles=dict.fromkeys(PROFILES, Constant(0.1)))
+    again = ModelEMA(Everything(), Constant(0.1), variants=dict.fromkeys(VARIANTS, Constant(0.1)))
     again.load_state_dict(copy.deepcopy(ema.state_dict()))
     return again
 
@@ -341,10 +341,10 @@ def _loaded(ema: ModelEMA) -> ModelEMA:
 @pytest.mark.parametrize("again", [_pickled, copy.deepcopy, _loaded])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.describe()["schedule"])
 def test_it_goes_on_in_the_middle_of_an_interval(again: Callable[[ModelEMA], ModelEMA], schedule: Schedule) -> None:
-    """Profiles, schedules, counts and the updates since the last interval all come along."""
+    """Variants, schedules, counts and the updates since the last interval all come along."""
     torch.manual_seed(0)
     model = Everything()
-    first = ModelEMA(model, schedule, profiles=PROFILES, update_every=3)
+    first = ModelEMA(model, schedule, variants=VARIANTS, update_every=3)
     for _ in range(4):
         drift_(model)
         first.update(model)
@@ -354,8 +354,8 @@ def test_it_goes_on_in_the_middle_of_an_interval(again: Callable[[ModelEMA], Mod
         assert first.update(model) is second.update(model)
     assert (second.updates, second.update_every, second.decay) == (6, 3, schedule)
     assert_same(second.ema, state_of(first.ema))
-    for name, module in first.profiles.items():
-        assert_same(second.profiles[name], state_of(module))
+    for name, module in first.variants.items():
+        assert_same(second.variants[name], state_of(module))
 
 
 class Halving:
@@ -370,12 +370,12 @@ class Halving:
 
 @pytest.mark.parametrize("again", [_pickled, copy.deepcopy])
 def test_a_schedule_of_ones_own_goes_along(again: Callable[[ModelEMA], ModelEMA]) -> None:
-    """It is a profile like any other, in a copy too, as long as the class can be found."""
+    """It is a variant like any other, in a copy too, as long as the class can be found."""
     model = one(0.0)
-    ema = again(ModelEMA(model, Constant(0.9), profiles={"own": Halving()}))
+    ema = again(ModelEMA(model, Constant(0.9), variants={"own": Halving()}))
     nn.init.ones_(model.weight)
     ema.update(model)
-    assert weight_of(ema.profiles["own"]) == 0.5
+    assert weight_of(ema.variants["own"]) == 0.5
 
 
 def test_what_was_left_out_is_still_counted_after_loading() -> None:
@@ -392,12 +392,12 @@ def test_what_was_left_out_is_still_counted_after_loading() -> None:
 
 
 def test_a_state_that_is_refused_changes_nothing() -> None:
-    """Neither counts nor schedules nor weights are taken from a state of other profiles."""
+    """Neither counts nor schedules nor weights are taken from a state of other variants."""
     model = one(1.0)
     ema = ModelEMA(model, Constant(0.5), updates=3)
     nn.init.constant_(model.weight, 2.0)
     with pytest.raises(EmaError):
-        ema.load_state_dict(ModelEMA(model, Constant(0.9), updates=7, profiles=PROFILES).state_dict())
+        ema.load_state_dict(ModelEMA(model, Constant(0.9), updates=7, variants=VARIANTS).state_dict())
     assert (ema.updates, ema.decay, weight_of(ema.ema)) == (3, Constant(0.5), 1.0)
 
 
@@ -408,33 +408,33 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
 def test_tensors_that_are_refused_leave_all_as_it_was(spoilt: str, spoil: Callable[[dict[str, Any]], object]) -> None:
     """A state that lacks a tensor of one average, or has it in another shape, is taken into none."""
     model = nn.Linear(2, 2)
-    ema = ModelEMA(model, Constant(0.5), updates=3, profiles=PROFILES)
-    other = ModelEMA(nn.Linear(2, 2), Constant(0.9), updates=7, profiles=PROFILES)
+    ema = ModelEMA(model, Constant(0.5), updates=3, variants=VARIANTS)
+    other = ModelEMA(nn.Linear(2, 2), Constant(0.9), updates=7, variants=VARIANTS)
     before, state = copy.deepcopy(ema.state_dict()), other.state_dict()
-    spoil(state["ema"] if spoilt == "ema" else state["profiles"][spoilt]["ema"])
+    spoil(state["ema"] if spoilt == "ema" else state["variants"][spoilt]["ema"])
     with pytest.raises(EmaError, match=r"(?s)not of this average: .*bias"):
         ema.load_state_dict(state)
     assert repr(ema.state_dict()) == repr(before)
 
 
 def test_what_cannot_be_taken_over_is_an_error() -> None:
-    """Other profiles, or a schedule that cannot be made by its name and was not given."""
+    """Other variants, or a schedule that cannot be made by its name and was not given."""
     model = nn.Linear(2, 2)
     own = ModelEMA(model, Halving())
     ModelEMA(model, Halving()).load_state_dict(own.state_dict())
     with pytest.raises(EmaError, match="halving"):
         ModelEMA(model).load_state_dict(own.state_dict())
-    with pytest.raises(EmaError, match=r"profiles \['short'\], this average \[\]"):
-        ModelEMA(model).load_state_dict(ModelEMA(model, profiles={"short": Constant(0.5)}).state_dict())
+    with pytest.raises(EmaError, match=r"variants \['short'\], this average \[\]"):
+        ModelEMA(model).load_state_dict(ModelEMA(model, variants={"short": Constant(0.5)}).state_dict())
 
 
 def test_attributes_go_to_every_average() -> None:
-    """`update_attr` reaches the profiles, too."""
+    """`update_attr` reaches the variants, too."""
     model = nn.Linear(2, 2)
-    ema = ModelEMA(model, profiles=PROFILES)
+    ema = ModelEMA(model, variants=VARIANTS)
     model.names = ["cat"]  # type: ignore[assignment]
     ema.update_attr(model, include=["names"])
-    modules: list[nn.Module] = [ema.ema, *ema.profiles.values()]
+    modules: list[nn.Module] = [ema.ema, *ema.variants.values()]
     assert all(vars(module)["names"] == ["cat"] for module in modules)
 
 
