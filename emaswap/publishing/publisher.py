@@ -25,8 +25,8 @@ from emaswap.publishing.rehearsal import rehearse
 from emaswap.publishing.snapshot import Tray, state_dtypes
 from emaswap.publishing.writer import Writer
 from emaswap.store import Store, open_store
-from emaswap.versions.architecture import Architecture
-from emaswap.versions.manifest import EmaInfo, Manifest, TrainingInfo
+from emaswap.versions.architecture import Architecture, to_architecture
+from emaswap.versions.manifest import MAX_NAME, EmaInfo, Manifest, TrainingInfo
 from emaswap.versions.probe import Rows
 from emaswap.versions.signature import Signature
 
@@ -89,7 +89,9 @@ class Publisher:
             PublishError: the store holds another model, or what the factory builds could never be published: it cannot
                 be built, the probe does not run, or its outputs cannot be served or proven.
         """
-        architecture = Architecture(factory=architecture) if isinstance(architecture, str) else architecture
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME:
+            raise PublishError(f"name is a text of 1 to {MAX_NAME} characters, got {name!r}")
+        architecture = to_architecture(architecture)
         rehearsal = rehearse(architecture, probe, signature=signature, dtype=dtype)
         self.published = 0
         self.failed = 0

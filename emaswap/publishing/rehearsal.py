@@ -3,6 +3,7 @@
 What could never be published or served shows here, with what to do, and not in the middle of training.
 """
 
+import io
 import logging
 import random
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, EmaswapError, PublishError
+from emaswap.files import tensor_file
 from emaswap.tensors import named_tensors
 from emaswap.versions.architecture import Architecture, build, widen
 from emaswap.versions.probe import Rows, to_inputs, tolerances
@@ -21,6 +23,7 @@ from emaswap.versions.signature import Inputs, Signature
 
 log = logging.getLogger(__name__)
 
+_WIDE, _NARROW = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
 # How far answers may differ for numerical reasons, of the largest of them.
 _OTHER_ROWS = 0.05
 # A model that samples may draw the same sample now and then.
@@ -60,8 +63,8 @@ def rehearse(
         module = _built(architecture, dtype)
         try:
             signature, inputs = _first_run(module, to_inputs(probe), signature)
-            _run_again(module, signature, inputs)
-            _run_other_rows(module, signature, inputs)
+            answers = _run_again(module, signature, inputs)
+            _run_other_rows(module, signature, inputs, answers)
         except Exception as error:  # forward is somebody else's code and may raise anything
             message = str(error) if isinstance(error, EmaswapError) else f"{type(error).__name__}: {error}"
             raise PublishError(
@@ -71,14 +74,17 @@ def rehearse(
 
 
 def _built(architecture: Architecture, dtype: torch.dtype | None) -> nn.Module:
+    if dtype is not None and dtype not in (*_WIDE, *_NARROW):
+        raise PublishError(f"dtype={dtype}: weights are stored in one of {', '.join(map(str, (*_WIDE, *_NARROW)))}")
     factory = architecture.factory
     if factory.startswith("__main__:"):
         raise PublishError(f"no service can import {factory}: move the class into a module of its own")
     try:
         module = build(architecture, trusted=[factory]).cpu()
-        if dtype is not None and dtype.itemsize > 2:
+        if dtype in _WIDE:
             widen(module, dtype)
-        named_tensors(module)
+        # Nothing is stored; this says whether it could be.
+        tensor_file.write(io.BytesIO(), {name: tensor.new_empty(0) for name, tensor in named_tensors(module).items()})
     except BadVersion as error:
         raise PublishError(f"no service could build what is published: {error.detail}") from error
     return module
@@ -123,13 +129,13 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype) if rows.is_floating_point() and dtype.is_floating_point else rows
 
 
-def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> None:
-    """Run the probe again and again: it must change nothing, and be answered as before."""
+def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run the probe again and again, which must change nothing and be answered as before. Return the answers."""
     bound = signature.bind(module)
     rtol, atol = tolerances(named_tensors(module), torch.device("cpu"))
-    state, random_state = _state(module), torch.get_rng_state()
+    state, random_state = _state(module), _random_state()
     first = bound(_copies(inputs))
-    draws = not torch.equal(random_state, torch.get_rng_state())
+    draws = random_state != _random_state()
     for _ in range(_DRAWS if draws else 1):
         again = bound(_copies(inputs))
         if changed := [name for name, tensor in _state(module).items() if not _is_same(state.get(name), tensor)]:
@@ -144,16 +150,17 @@ def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor
                 else "forward keeps something between calls, or depends on the time: let it depend on its inputs alone"
             )
             raise PublishError(f"the same probe is answered differently each time (output {other[0]!r}): {why}")
+    return first
 
 
-def _run_other_rows(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> None:
+def _run_other_rows(
+    module: nn.Module, signature: Signature, inputs: dict[str, Tensor], together: dict[str, Tensor]
+) -> None:
     """Run another number of rows: a service runs as many together as have arrived."""
-    bound = signature.bind(module)
     rows = len(next(iter(inputs.values())))
     others = {name: batch[:1] if rows > 1 else torch.cat([batch, batch]) for name, batch in inputs.items()}
-    together = bound(_copies(inputs))
     try:
-        alone = bound(_copies(others))
+        alone = signature.run(module, _copies(others))
     except Exception as error:  # forward is somebody else's code and may raise anything
         raise PublishError(
             f"{rows} rows run, {len(next(iter(others.values())))} do not ({error}): let forward take any number of rows"
@@ -195,6 +202,11 @@ def _is_close(first: Tensor, again: Tensor, rtol: float, atol: float) -> bool:
 def _copies(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies, because a module may work in place on what it is given."""
     return {name: rows.clone() for name, rows in inputs.items()}
+
+
+def _random_state() -> tuple[object, ...]:
+    """Return where the random numbers of Python, numpy and torch stand."""
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().numpy().tobytes()  # noqa: NPY002
 
 
 @contextmanager

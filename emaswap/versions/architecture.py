@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -109,6 +109,18 @@ class Architecture(BaseModel):
         return cls.model_validate({"factory": _import_path(factory), "arguments": plain})
 
 
+def to_architecture(given: Architecture | str) -> Architecture:
+    """Return what a user gives as an architecture. Raises `EmaswapError` when it is none."""
+    if isinstance(given, Architecture):
+        return given
+    try:
+        return Architecture(factory=given)
+    except ValidationError:
+        raise EmaswapError(
+            f"expected an architecture, such as Architecture.of(Net, width=32) or 'package.module:Net', got {given!r}"
+        ) from None
+
+
 def _import_path(factory: object) -> str:
     """Return where a class or function can be imported from. Raises `EmaswapError` when it cannot."""
     module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", None)
@@ -142,7 +154,7 @@ def _import_path(factory: object) -> str:
 
 def _shown(factory: object) -> str:
     name = getattr(factory, "__qualname__", None)
-    return str(name) if isinstance(name, str) else f"a {type(factory).__name__}"
+    return str(name) if isinstance(name, str) else f"something of type {type(factory).__name__}"
 
 
 def is_trusted(factory: str, trusted: Iterable[str]) -> bool:

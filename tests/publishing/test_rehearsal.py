@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emaswap import Architecture, DirectoryStore, ModelEMA, Publisher, PublishError, Signature, TensorField, load
+from emaswap import (
+    Architecture,
+    DirectoryStore,
+    EmaswapError,
+    ModelEMA,
+    Publisher,
+    PublishError,
+    Signature,
+    TensorField,
+    load,
+)
 from emaswap.publishing.rehearsal import rehearse
 from tests.models import Linear, Tokens
 
@@ -134,6 +144,53 @@ def test_a_model_that_could_never_be_published_is_refused_at_once(
         publisher_of(store, what)
     assert store.versions() == []
     assert store.names("weights") == {}
+
+
+class Exotic(Linear):
+    """Has a buffer that no file can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"architecture": Linear}, r"expected an architecture, such as Architecture\.of\(Net, width=32\)"),
+        ({"architecture": Linear()}, r"expected an architecture"),
+        ({"architecture": "Linear"}, r"expected an architecture.*got 'Linear'"),
+        (
+            {"architecture": f"{HERE}:Exotic"},
+            "'phase' has dtype torch.complex128, which a safetensors file cannot hold",
+        ),
+        ({"name": ""}, "name is a text of 1 to 200 characters"),
+        ({"name": "x" * 201}, "name is a text of 1 to 200 characters"),
+        ({"name": Linear()}, "name is a text of 1 to 200 characters"),
+        ({"dtype": torch.int8}, "dtype=torch.int8: weights are stored in one of torch.float64"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype=torch.float8_e4m3fn: weights are stored in one of"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16: weights are stored in one of"),
+    ],
+    ids=[
+        "a class",
+        "an instance",
+        "a name",
+        "a buffer of complex numbers",
+        "an empty name",
+        "a long name",
+        "a model for a name",
+        "an integer dtype",
+        "a dtype that is too narrow",
+        "a dtype's name",
+    ],
+)
+def test_arguments_that_could_never_work_are_refused_at_once(
+    store: DirectoryStore, options: dict[str, Any], problem: str
+) -> None:
+    """The error says what was expected, and what came."""
+    settings: dict[str, Any] = {"name": "test", "architecture": Architecture.of(Linear), "probe": ROWS}
+    with pytest.raises(EmaswapError, match=problem):
+        Publisher(store, **(settings | options))
 
 
 def test_a_refused_publisher_makes_no_store(store: DirectoryStore) -> None:

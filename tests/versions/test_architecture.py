@@ -307,9 +307,9 @@ class Twice(nn.Module):  # type: ignore[no-redef]
     [
         (Linear(), r"got an instance: write Architecture\.of\(Linear, \.\.\.\)"),
         ("tests.models:Linear", r"got a text: write Architecture\(factory='tests.models:Linear'"),
-        (partial(Linear, inputs=4), r"got a partial: write Architecture\.of\(Net, width=32\)"),
-        (torch, "got a module"),
-        (3, "got a int"),
+        (partial(Linear, inputs=4), r"got something of type partial: write Architecture\.of\(Net, width=32\)"),
+        (torch, "something of type module"),
+        (3, "something of type int"),
         (lambda: None, r"test_architecture:<lambda>: move it to the top of a module"),
         (Linear.eval, r"Linear\.eval|Module\.eval: move it to the top of a module"),
         (Replaced, r"test_architecture:Twice: what has this name there is Twice"),
