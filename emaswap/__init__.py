@@ -23,8 +23,10 @@ from emaswap.errors import (
     PublishError,
     ReadOnly,
     Reason,
+    Short,
     StoreError,
     TooLarge,
+    Unreadable,
 )
 from emaswap.publishing.loading import load
 from emaswap.publishing.published import snapshots_of
@@ -32,7 +34,7 @@ from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
 from emaswap.store import DirectoryStore, Store, open_store
 from emaswap.versions.architecture import Architecture
-from emaswap.versions.manifest import EmaInfo, Manifest, Pin
+from emaswap.versions.manifest import EmaInfo, Identity, Manifest, Pin
 from emaswap.versions.signature import Signature, TensorField
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "EmaswapError",
     "ExponentialRamp",
     "Fenced",
+    "Identity",
     "InverseGamma",
     "Manifest",
     "Missing",
@@ -60,12 +63,14 @@ __all__ = [
     "Reason",
     "Scaled",
     "Schedule",
+    "Short",
     "Signature",
     "Snapshot",
     "Store",
     "StoreError",
     "TensorField",
     "TooLarge",
+    "Unreadable",
     "__version__",
     "load",
     "make_schedule",

@@ -6,7 +6,9 @@ EmaswapError
 │   ├── Missing         a file that was asked for is not there
 │   ├── NotAFile        a link, a folder or a device stands where a file should
 │   ├── TooLarge        a file is larger than such a file can be
-│   └── ReadOnly        this process may not do that here
+│   ├── Unreadable      one file cannot be read just now; the others can
+│   ├── Short           memory, handles or disk space are short just now
+│   └── ReadOnly        this process may not write there
 ├── BadVersion          a version is not what it claims to be; carries a `Reason`
 └── PublishError        a version could not be published; the store is as it was
     └── Fenced          another publisher has taken the store over; stop
@@ -39,8 +41,16 @@ class TooLarge(StoreError):
     """A file is larger than such a file can be; it is not read."""
 
 
+class Unreadable(StoreError):
+    """One file cannot be read just now: no permission, or an I/O error. This says nothing about other files."""
+
+
+class Short(StoreError):
+    """Memory, file handles or disk space are short just now; nothing is wrong with what was to be read or written."""
+
+
 class ReadOnly(StoreError):
-    """This process may not do that to the store: no permission, or a file system mounted read-only."""
+    """This process may not write to the store: no permission, or a file system mounted read-only."""
 
 
 class Reason(StrEnum):
@@ -49,9 +59,11 @@ class Reason(StrEnum):
     MANIFEST_INVALID = "manifest_invalid"
     FORMAT_UNKNOWN = "format_unknown"
     STALE_TERM = "stale_term"
+    OUT_OF_LINE = "out_of_line"
     VARIANT_MISSING = "variant_missing"
     FILE_MISSING = "file_missing"
     NOT_A_FILE = "not_a_file"
+    TOO_LARGE = "too_large"
     SIZE_MISMATCH = "size_mismatch"
     DIGEST_MISMATCH = "digest_mismatch"
     HEADER_TOO_LARGE = "header_too_large"

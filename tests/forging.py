@@ -13,8 +13,8 @@ from torch import Tensor
 from emaswap import Architecture, DirectoryStore, Manifest, Reason, Signature
 from emaswap.files.digest import digest_of, stem_of
 from emaswap.files.tensor_file import Blob
+from emaswap.store.keys import tensors_key
 from emaswap.store.line import Place, Term
-from emaswap.store.versions import tensors_key
 from emaswap.tensors import dtype_name, named_tensors
 from emaswap.versions.manifest import ProbeInfo, TensorInfo, WeightsInfo
 from emaswap.versions.probe import Probe
@@ -94,7 +94,7 @@ def _table(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
 def _put(store: DirectoryStore, data: bytes) -> Blob:
     digest = digest_of(data)
     (store.root / "weights" / f"{stem_of(digest)}.safetensors").write_bytes(data)
-    return Blob(digest, len(data))
+    return Blob(digest=digest, size=len(data))
 
 
 def _flip_a_bit(path: Path) -> None:

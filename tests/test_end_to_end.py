@@ -108,13 +108,13 @@ def test_a_publisher_killed_at_any_instant_leaves_the_store_whole(tmp_path: Path
             versions = store.versions()
             assert max(versions, default=0) >= newest
             newest = max(versions, default=0)
-            cut_short += bool(store.names("tmp"))
-            for name in store.names("tmp"):
-                store.delete(f"tmp/{name}")
+            cut_short += bool(store.files.entries("tmp"))
+            for name in store.files.entries("tmp"):
+                store.files.delete(f"tmp/{name}")
             if not newest:
                 continue
             manifest = store.manifest(newest)
-            fetched = proof.fetch(store, manifest)
+            fetched = store.fetch(manifest)
             module = proof.verify(manifest, fetched, trusted=["tests.models.*"], device=torch.device("cpu"))
             proof.replay(manifest, fetched.probe, module, device=torch.device("cpu"))
             assert manifest.term >= max(terms, default=0)

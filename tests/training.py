@@ -11,7 +11,6 @@ from typing import Self
 from torch import Tensor
 
 from emaswap import DirectoryStore, Manifest
-from emaswap.files.tensor_file import Blob
 from tests.programs import Program, interpreter
 from tests.serving import wait_for
 from tests.tasks import GATES
@@ -107,8 +106,8 @@ def assert_whole(store: Path) -> None:
     assert versions == list(range(1, len(versions) + 1))
     for version in versions:
         manifest = opened.manifest(version)
-        opened.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size))
-        opened.tensors("probes", Blob(manifest.probe.digest, manifest.probe.size))
+        opened.tensors("weights", manifest.weights)
+        opened.tensors("probes", manifest.probe)
 
 
 def assert_same_end(store: Path, other: Path) -> None:
@@ -124,4 +123,4 @@ def assert_same_end(store: Path, other: Path) -> None:
 def weights_of(store: Path) -> dict[str, Tensor]:
     """The newest version's weights."""
     opened, manifest = DirectoryStore(store), newest(store)
-    return dict(opened.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size)).tensors)
+    return dict(opened.tensors("weights", manifest.weights).tensors)

@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 
-from emaswap import BadVersion, EmaswapError, Fenced, Missing, Publisher, PublishError, Store
+from emaswap import EmaswapError, Publisher, Store
 from trainer.display import Display
 from trainer.evaluation import evaluate
 from trainer.record import Recorder
@@ -41,8 +41,7 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._try(self._recorder.close)
-        if kind is None:
-            close_publisher(self._publisher, self._run.steps, self._display)
+        self._publisher.close()
 
     def step(self, *, last: bool) -> None:
         """Produce what is due after a step, which may be the `last` one."""
@@ -59,7 +58,7 @@ class Output:
         metrics = evaluate(self._task, self._run.model, self._ema, self._run.learner.precision)
         metrics["train_loss"] = self._run.loss_average.get().item()
         self._display.evaluated(metrics)
-        self._try(lambda: self._publisher.publish(self._ema, step=self._run.steps, metrics=metrics))
+        self._publisher.publish(self._ema, step=self._run.steps, metrics=metrics)
         self._try(self._run.save)
         return metrics
 
@@ -77,14 +76,12 @@ class Output:
         return figures if norm is None else figures | {"grad_norm": norm.item()}
 
     def _try(self, work: Callable[[], object], often: str = "") -> None:
-        """Call `work`, which training can do without: a full disk, say, must not end a run. Raises only `Fenced`.
+        """Call `work`, which training can do without: a full disk, say, must not end a run.
 
         For work that is done `often`, name it: a repeated failure is then reported once, until the work succeeds again.
         """
         try:
             work()
-        except Fenced:
-            raise
         except Exception as error:  # whatever it is, the run is worth more
             if often not in self._failing:
                 what = str(error) if isinstance(error, EmaswapError) else f"{type(error).__name__}: {error}"
@@ -109,19 +106,7 @@ def open_publisher(settings: TrainerSettings, task: Task, display: Display) -> P
     )
 
 
-def close_publisher(publisher: Publisher, step: int, display: Display) -> None:
-    """Publish what is pending. Raises what went wrong, unless the version of this last step is published nevertheless."""
-    try:
-        publisher.close()
-    except PublishError as error:
-        if isinstance(error, Fenced) or publisher.latest is None or publisher.latest.training.step < step:
-            raise
-        display.say(f"warning: {error}; the last version is published")
-
-
 def newest_step(store: Store) -> int:
     """Return the training step of the newest version, or 0 if there is no readable version."""
-    try:
-        return store.manifest(store.newest()).training.step
-    except (BadVersion, Missing):
-        return 0
+    manifest = store.readable(store.newest())
+    return manifest.training.step if manifest else 0

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from emaswap.averaging.schedule import SCHEDULES
 from emaswap.settings import CommandSettings, CommaSeparated
 from emaswap.versions.manifest import VariantName
 
@@ -81,8 +82,8 @@ class TrainerSettings(CommandSettings):
     clip_norm: Fixed[float | None] = Field(
         None, gt=0, description="Largest norm of the gradient; a larger gradient is scaled down to it."
     )
-    ema_schedule: Fixed[Literal["constant", "exponential_ramp", "count_ramp", "inverse_gamma", "power_function"]] = (
-        Field("exponential_ramp", description="Schedule of the average's decay.")
+    ema_schedule: Fixed[Literal[SCHEDULES]] = Field(  # type: ignore[valid-type]
+        "exponential_ramp", description="Schedule of the average's decay."
     )
     ema_decay: Fixed[float] = Field(
         0.995,

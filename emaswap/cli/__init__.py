@@ -2,7 +2,6 @@
 
 import sys
 import time
-from datetime import UTC, datetime
 from typing import Annotated
 
 import torch
@@ -15,10 +14,9 @@ from emaswap.errors import BadVersion, EmaswapError, Missing
 from emaswap.release import __version__
 from emaswap.store import Store, open_store
 from emaswap.store.retention import Retention
-from emaswap.store.versions import tensors_key
 from emaswap.versions import proof
 from emaswap.versions.architecture import TRUSTED_BY_DEFAULT
-from emaswap.versions.manifest import Manifest, Pin
+from emaswap.versions.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 # A table is not squeezed into a narrow terminal, nor into the 80 columns of a pipe: lines may wrap.
@@ -57,19 +55,20 @@ def emaswap(
 def ls(store: Location) -> None:
     """List the versions in a store, the newest last."""
     found = open_store(store)
-    pin = found.pin()
+    look = found.look()
+    stored = found.stored("weights")
     table = Table(box=None, pad_edge=False)
     for heading in ("version", "term", "step", "published", "MB", "digest", "EMA metrics", ""):
         numeric = heading in ("version", "term", "step", "MB")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
-    for version in found.versions():
-        notes = "pinned" if pin and pin.version == version else ""
+    for version in look.numbers:
+        notes = "pinned" if (pin := look.pin) and pin.version == version else ""
         try:
             manifest = found.manifest(version)
         except (BadVersion, Missing) as error:
             table.add_row(str(version), *[""] * 6, f"cannot be read: {error}")
             continue
-        if found.stamp(tensors_key("weights", manifest.weights.digest)) is None:
+        if manifest.weights.digest not in stored:
             notes = f"{notes} weights pruned".strip()
         table.add_row(*_row(manifest), notes)
     console.print(table)
@@ -106,14 +105,14 @@ def pin(
     store: Location, version: Number, reason: Annotated[str, typer.Option(help="Why, for whoever finds it.")] = ""
 ) -> None:
     """Have every service of this store serve this version until it is unpinned."""
-    open_store(store).set_pin(Pin(version=version, reason=reason, at=datetime.now(UTC)))
+    open_store(store).orders.set_pin(version, reason)
     console.print(f"pinned version {version}")
 
 
 @app.command()
 def unpin(store: Location) -> None:
     """Have every service of this store serve the newest version again."""
-    open_store(store).clear_pin()
+    open_store(store).orders.clear_pin()
     console.print("unpinned")
 
 
@@ -160,7 +159,7 @@ def _problem(store: Store, version: int, trusted: tuple[str, ...]) -> str:
     try:
         whole = store.manifest(version)
         for manifest in (whole, *map(whole.of_variant, whole.variants)):
-            fetched = proof.fetch(store, manifest)
+            fetched = store.fetch(manifest)
             module = proof.verify(manifest, fetched, trusted=trusted, device=device)
             proof.replay(manifest, fetched.probe, module, device=device)
     except (BadVersion, Missing) as error:

@@ -41,7 +41,7 @@ def load(path: Path) -> State:
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     with path.open("rb", buffering=0) as file:
-        read = tensor_file.read(file, Blob(f"{match[2]}:{match[3]}", path.stat().st_size))
+        read = tensor_file.read(file, Blob(digest=f"{match[2]}:{match[3]}", size=path.stat().st_size))
     state: State = _unpack(json.loads(read.metadata["state"]), read.tensors)
     return state
 

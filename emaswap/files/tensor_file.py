@@ -9,10 +9,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from emaswap.errors import BadVersion, EmaswapError, Reason
@@ -32,13 +33,16 @@ _NAMES = {
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
+Size = Annotated[int, Field(ge=0, le=1 << 48)]
 
-@dataclass(frozen=True)
-class Blob:
-    """The identity of a written file: digest of its bytes, and how many there are."""
+
+class Blob(BaseModel):
+    """What names a file's content: the digest of its bytes, and how many there are."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     digest: Digest
-    size: int
+    size: Size
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def write(
     for part in _parts(len(encoded).to_bytes(8, "little") + encoded, (tensor for _, tensor in ordered)):
         hasher.update(part)
         file.write(part)
-    return Blob(f"{algorithm}:{hasher.hexdigest()}", 8 + len(encoded) + end)
+    return Blob(digest=f"{algorithm}:{hasher.hexdigest()}", size=8 + len(encoded) + end)
 
 
 def _parts(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from emaswap.averaging.model_ema import ModelEMA, unwrap
 from emaswap.averaging.schedule import Schedule
-from emaswap.errors import Fenced
+from emaswap.errors import Fenced, PublishError
 from emaswap.integrations.shield import shield
 from emaswap.publishing.publisher import Publisher
 from emaswap.store import Store
@@ -31,22 +31,11 @@ log = logging.getLogger(__name__)
 class Publishing:
     """Publishes at intervals and at the end. A version that cannot be published is a warning; training continues."""
 
-    def __init__(
-        self,
-        store: Store | str | Path,
-        *,
-        name: str,
-        architecture: Architecture | str,
-        probe: Inputs,
-        every: int,
-        **publisher: Any,
-    ) -> None:
-        """Check the arguments; `open` opens the store. `publisher`: further arguments of `Publisher`."""
+    def __init__(self, store: Store | str | Path, *, every: int, **publisher: Any) -> None:
+        """Check the arguments, of which `publisher` are those of `Publisher`. `open` opens the store."""
         if every < 1:
             raise ValueError(f"expected an interval of 1 or more between versions, got {every}")
-        publisher |= {"name": name, "architecture": architecture, "probe": probe}
         inspect.signature(Publisher).bind(store, **publisher)  # so that a misspelt name fails here, not during training
-        self.name = name
         self.publisher: Publisher | None = None
         self._open = partial(Publisher, store, **publisher)
         self._every = every
@@ -78,15 +67,18 @@ class Publishing:
         if self.publisher is None or not (self._due or (last and self._step != self._published_step)):
             return
         self._due, self._published_step = False, self._step
-        numbers = _numbers(metrics)
         with shield():
-            warn_of(partial(self.publisher.publish, average, step=self._step, metrics=numbers, averaged=averaged))
+            self.publisher.publish(average, step=self._step, metrics=_numbers(metrics), averaged=averaged)
 
     def close(self) -> None:
         """Wait until everything is published. Raises only `Fenced`."""
         publisher, self.publisher = self.publisher, None
-        if publisher is not None:
-            warn_of(publisher.close)
+        if publisher is None:
+            return
+        with suppress(PublishError):  # the log has it
+            publisher.close()
+        if isinstance(publisher.error, Fenced):
+            raise publisher.error
 
     def abandon(self) -> None:
         """Let what is being published finish, and raise nothing that could hide the error that ended training."""
@@ -125,7 +117,9 @@ class Averaging(Publishing):
             average: makes the average from the module and `decay`, such as `functools.partial(ModelEMA, buffers="copy")`.
             publisher: further arguments of `Publisher` (`signature`, `keep`, `on_publish`, ...).
         """
-        super().__init__(store, name=name, architecture=architecture, probe=probe, every=every_n_steps, **publisher)
+        publisher |= {"name": name, "architecture": architecture, "probe": probe}
+        super().__init__(store, every=every_n_steps, **publisher)
+        self.name = name
         self.ema: ModelEMA | None = None
         self._decay = decay
         self._path = module

@@ -69,7 +69,8 @@ def publish_from(
         wrap: makes the module to publish from the network, if the network does not return plain tensors.
         publisher: further arguments of `Publisher` (`signature`, `keep`, `on_publish`, ...).
     """
-    publishing = Publishing(store, name=name, architecture=architecture, probe=probe, every=1, **publisher)
+    publisher |= {"name": name, "architecture": architecture, "probe": probe}
+    publishing = Publishing(store, every=1, **publisher)
     events = _Events(publishing, every_n_epochs, wrap)
     for event in ("on_train_start", "on_train_batch_end", "on_fit_epoch_end", "on_train_end", "teardown"):
         yolo.add_callback(event, getattr(events, event))

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from emaswap.errors import BadVersion, Missing, Reason
+from emaswap.errors import BadVersion, Missing, Unreadable
 from emaswap.store import Store, open_store
+from emaswap.store.line import Line
 from emaswap.versions import proof
 from emaswap.versions.architecture import TRUSTED_BY_DEFAULT
-from emaswap.versions.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -40,40 +40,26 @@ def load(
     """
     found = store if isinstance(store, Store) else open_store(store)
     trusts = (*TRUSTED_BY_DEFAULT, *([trusted] if isinstance(trusted, str) else trusted))
+    look, line = found.look(), Line(found)
+
+    def proven(number: int) -> nn.Module:
+        whole = found.manifest(number)
+        line.check(whole, look)
+        manifest = whole.of_variant(variant)
+        fetched = found.fetch(manifest)
+        module = proof.verify(manifest, fetched, trusted=trusts, device=torch.device(device))
+        proof.replay(manifest, fetched.probe, module, device=torch.device(device))
+        return module
+
     if version is not None:
-        return _proven(found, version, trusts, variant, torch.device(device))
-    newest_is_bad: BadVersion | None = None
-    for number in reversed(found.versions()):
+        return proven(version)
+    newest_failed: BadVersion | Unreadable | None = None
+    for number in reversed(look.in_line):
         try:
-            return _proven(found, number, trusts, variant, torch.device(device))
+            return proven(number)
         except Missing:
             continue  # pruned meanwhile
-        except BadVersion as error:
+        except (BadVersion, Unreadable) as error:
             log.warning("version %d in %s is passed over: %s", number, found.location, error)
-            newest_is_bad = newest_is_bad or error
-    raise newest_is_bad or Missing(f"there is no version in {found.location}")
-
-
-def _proven(
-    store: Store, version: int, trusted: tuple[str, ...], variant: str | None, device: torch.device
-) -> nn.Module:
-    whole = store.manifest(version)
-    _check_term(store, whole)
-    manifest = whole.of_variant(variant)
-    fetched = proof.fetch(store, manifest)
-    module = proof.verify(manifest, fetched, trusted=trusted, device=device)
-    proof.replay(manifest, fetched.probe, module, device=device)
-    return module
-
-
-def _check_term(store: Store, manifest: Manifest) -> None:
-    """Raise `BadVersion` for a version behind one of a higher term: its publisher had been replaced."""
-    for version in reversed(store.versions()):
-        if version < manifest.version:
-            try:
-                before = store.manifest(version).term
-            except (BadVersion, Missing):
-                continue
-            if before > manifest.term:
-                raise BadVersion(Reason.STALE_TERM, f"term {manifest.term} is below term {before} of version {version}")
-            return
+            newest_failed = newest_failed or error
+    raise newest_failed or Missing(f"there is no version in {found.location}")

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from emaswap.averaging.schedule import from_description
 from emaswap.averaging.synthesis import Snapshot, State
-from emaswap.errors import BadVersion, EmaError, Missing
+from emaswap.errors import EmaError
 from emaswap.files.tensor_file import Blob
 from emaswap.store import Store, open_store
-from emaswap.store.versions import tensors_key
 from emaswap.versions.manifest import EmaInfo, Manifest
 
 
@@ -27,21 +26,20 @@ def snapshots_of(store: Store | str | Path, *, profile: str | None = None, since
     store = store if isinstance(store, Store) else open_store(store)
     found: list[Snapshot] = []
     profiles: set[str] = set()
+    stored = store.stored("weights")
     for version in reversed([version for version in store.versions() if version >= since]):
-        try:
-            manifest = store.manifest(version)
-        except (BadVersion, Missing):
+        manifest = store.readable(version)
+        if manifest is None:
             continue
         profiles |= manifest.variants.keys()
         if profile is not None:
             if profile not in manifest.variants:
                 continue
             manifest = manifest.of_variant(profile)
-        blob = Blob(manifest.weights.digest, manifest.weights.size)
         is_average = manifest.ema.schedule != "none"
         is_before = not found or manifest.ema.updates < found[-1].updates
-        if is_average and is_before and store.stamp(tensors_key("weights", blob.digest)) is not None:
-            found.append(_published(manifest, partial(_read, store, blob)))
+        if is_average and is_before and manifest.weights.digest in stored:
+            found.append(_published(manifest, partial(_read, store, manifest.weights)))
     if not found:
         of = "a ModelEMA" if profile is None else f"a ModelEMA with the profile {profile!r}"
         there = f"; its profiles: {', '.join(sorted(profiles)) or 'none'}" if profile is not None else ""

@@ -10,7 +10,7 @@ __all__ = ["DirectoryStore", "Store", "open_store"]
 
 
 def open_store(location: str | Path) -> Store:
-    """The store at a directory's path (or a `file://` URL of one). Nothing is touched before it is used."""
+    """Return the store at a directory's path (or a `file://` URL of one). Nothing is touched before it is used."""
     text = str(location)
     if text.startswith("file://"):
         text = text.removeprefix("file://")

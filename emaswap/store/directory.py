@@ -1,28 +1,26 @@
-"""A store in a directory, on a local or a network file system.
+"""Files in a directory, on a local or a network file system.
 
 A file appears under its name only when all of it is on disk: written to `tmp/`, fsynced, renamed or linked into
-place, and then the folder is fsynced, too. Links inside the store are never followed.
+place, and then the folder is fsynced, too. Links inside the directory are never followed.
 """
 
 import errno
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from torch import Tensor
-
-from emaswap.errors import Missing, NotAFile, ReadOnly, StoreError, TooLarge
-from emaswap.files import tensor_file
-from emaswap.files.digest import Algorithm
+from emaswap.errors import Missing, NotAFile, ReadOnly, StoreError, TooLarge, Unreadable
 from emaswap.files.durable import is_part, sync_folder, written
 from emaswap.files.tensor_file import Blob
-from emaswap.store.versions import Kind, Store, tensors_key
+from emaswap.store.files import Entry, Files, os_errors, read, reading
+from emaswap.store.keys import KINDS, TMP, VERSIONS
+from emaswap.store.versions import Store
 
-_FOLDERS = ("versions", "weights", "probes", "tmp")
+_FOLDERS = (VERSIONS, *KINDS, TMP)
 _STALE_TMP_S = 3600.0
 
 
@@ -31,19 +29,53 @@ class DirectoryStore(Store):
 
     def __init__(self, root: Path) -> None:
         """Nothing is touched yet; a reader may be here before the directory is."""
+        super().__init__(Directory(root))
         self.root = root.absolute()
-        self.location = str(root)
-        self._tmp = self.root / "tmp"
+
+
+class Directory(Files):
+    """The files below one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        self._location = str(root)
+        self._tmp = self._root / TMP
+
+    @property
+    def location(self) -> str:
+        return self._location
 
     @property
     def watch_path(self) -> Path | None:
-        return self.root if self.root.is_dir() else None
+        return self._root
+
+    def entries(self, folder: str) -> dict[str, Entry]:
+        self._expect_root()
+        found = {}
+        with os_errors(f"list {folder}/", self._location):
+            try:
+                listed = os.scandir(self._root / folder)
+            except FileNotFoundError:
+                return {}
+            with listed:
+                now = time.time()
+                for each in listed:
+                    with suppress(FileNotFoundError):  # deleted while we looked
+                        found[each.name] = _entry(each.stat(follow_symlinks=False), now)
+        return found
+
+    def entry(self, key: str) -> Entry | None:
+        with reading(key, self._location):
+            try:
+                return _entry((self._root / key).lstat(), time.time())
+            except FileNotFoundError:
+                return None
 
     def open(self, key: str) -> BinaryIO:
         folder, _, name = key.rpartition("/")
-        with self._errors(f"read {key}"):
+        with reading(key, self._location):
             # Opened by way of the folder, so that a link is refused at either level.
-            above = os.open(self.root / folder, os.O_RDONLY | os.O_DIRECTORY | (os.O_NOFOLLOW if folder else 0))
+            above = os.open(self._root / folder, os.O_RDONLY | os.O_DIRECTORY | (os.O_NOFOLLOW if folder else 0))
             try:
                 # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
                 handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=above)
@@ -51,70 +83,42 @@ class DirectoryStore(Store):
                 os.close(above)
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 os.close(handle)
-                raise NotAFile(f"{key} in {self.location} is not a regular file")
+                raise NotAFile(f"{key} in {self._location} is not a regular file")
             return os.fdopen(handle, "rb", buffering=0)
 
-    def names(self, folder: str) -> dict[str, float]:
-        ages = {}
-        if not self.root.is_dir():
-            raise Missing(f"the store {self.location} does not exist (yet)")
-        now = time.time()
-        with self._errors(f"list {folder}/"):
-            try:
-                entries = os.scandir(self.root / folder)
-            except FileNotFoundError:
-                return {}
-            with entries:
-                for entry in entries:
-                    try:
-                        ages[entry.name] = now - entry.stat(follow_symlinks=False).st_mtime
-                    except FileNotFoundError:
-                        continue  # deleted while we looked
-        return ages
-
-    def stamp(self, key: str) -> str | None:
-        with self._errors(f"look at {key}"):
-            try:
-                found = (self.root / key).lstat()
-            except FileNotFoundError:
-                return None
-            return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
-
     def is_writable(self) -> bool:
-        return os.access(self.root, os.W_OK | os.X_OK)
+        self._expect_root()
+        return os.access(self._root, os.W_OK | os.X_OK)
 
     def prepare(self) -> None:
-        with self._errors("prepare the store"):
+        with self._writing("prepare the store"):
             for folder in _FOLDERS:
-                if (self.root / folder).is_symlink():
-                    raise NotAFile(f"{folder} in {self.location} is a link, which is not followed")
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
-            sync_folder(self.root)
-        for name, age_s in self.names("tmp").items():
-            if is_part(name) and age_s > _STALE_TMP_S:
-                self.delete(f"tmp/{name}")
+                if (self._root / folder).is_symlink():
+                    raise NotAFile(f"{folder} in {self._location} is a link, which is not followed")
+                (self._root / folder).mkdir(parents=True, exist_ok=True)
+            sync_folder(self._root)
+        for name, entry in self.entries(TMP).items():
+            if is_part(name) and entry.age_s > _STALE_TMP_S:
+                self.delete(f"{TMP}/{name}")
 
-    def add_tensors(self, kind: Kind, tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Blob:
-        with (
-            self._errors(f"write {kind}"),
-            written(self._tmp, lambda file: tensor_file.write(file, tensors, algorithm=algorithm)) as (path, blob),
-        ):
-            final = self.root / tensors_key(kind, blob.digest)
+    def add(self, write: Callable[[BinaryIO], Blob], key_of: Callable[[Blob], str]) -> Blob:
+        with self._writing("add a file"), written(self._tmp, write) as (path, blob):
+            final = self._root / key_of(blob)
             path.replace(final)
             sync_folder(final.parent)
         return blob
 
     def create(self, key: str, data: bytes) -> bool:
-        final = self.root / key
-        with self._errors(f"create {key}"), written(self._tmp, lambda file: file.write(data)) as (path, _):
+        final = self._root / key
+        with self._writing(f"create {key}"), written(self._tmp, lambda file: file.write(data)) as (path, _):
             try:
                 os.link(path, final)
             except OSError as error:
                 # Over a network an error may hide a success: look before believing it.
-                if self.stamp(key) is None:
+                if self.entry(key) is None:
                     if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
                         raise StoreError(
-                            f"cannot publish to {self.location}: its file system has no hard links, "
+                            f"cannot publish to {self._location}: its file system has no hard links, "
                             "which make a version appear all at once; choose another file system"
                         ) from error
                     raise
@@ -123,30 +127,30 @@ class DirectoryStore(Store):
         return True
 
     def replace(self, key: str, data: bytes) -> None:
-        with self._errors(f"write {key}"), written(self._tmp, lambda file: file.write(data)) as (path, _):
-            path.replace(self.root / key)
-            sync_folder(self.root)
+        final = self._root / key
+        with self._writing(f"write {key}"), written(self._tmp, lambda file: file.write(data)) as (path, _):
+            if final.is_dir() and not final.is_symlink():
+                final.rmdir()  # an empty folder is in the way of a rename; one that holds something stays
+            path.replace(final)
+            sync_folder(final.parent)
 
     def delete(self, key: str) -> None:
-        with self._errors(f"delete {key}"):
-            (self.root / key).unlink(missing_ok=True)
+        with self._writing(f"delete {key}"):
+            (self._root / key).unlink(missing_ok=True)
+
+    def _expect_root(self) -> None:
+        if not self._root.is_dir():
+            raise Missing(f"the store {self._location} does not exist (yet)")
 
     def _holds(self, key: str, data: bytes) -> bool:
         try:
-            return self.read(key, len(data)) == data
-        except (NotAFile, TooLarge):
+            return read(self, key, len(data)) == data
+        except (NotAFile, TooLarge, Unreadable):
             return False
 
-    @contextmanager
-    def _errors(self, task: str) -> Iterator[None]:
-        """Errors of the operating system as ours, saying what was to be done and where."""
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise Missing(f"cannot {task} in {self.location}: {error.strerror}") from error
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
-                raise NotAFile(f"cannot {task} in {self.location}: a link or no regular file is there") from error
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise ReadOnly(f"cannot {task} in {self.location}: {error.strerror}") from error
-            raise StoreError(f"cannot {task} in {self.location}: {error.strerror}") from error
+    def _writing(self, task: str) -> AbstractContextManager[None]:
+        return os_errors(task, self._location, denied=ReadOnly)
+
+
+def _entry(found: os.stat_result, now: float) -> Entry:
+    return Entry(f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}", max(0.0, now - found.st_mtime))

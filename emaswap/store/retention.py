@@ -5,17 +5,14 @@ version can still fetch it. Of the first version of a term the manifest stays fo
 term before collides with. What is not recognised is never deleted.
 """
 
-import re
 from dataclasses import dataclass
 
-from emaswap.errors import BadVersion, EmaswapError, Missing
+from emaswap.errors import EmaswapError
 from emaswap.store import Store
-from emaswap.store.versions import Kind, manifest_key, tensors_key
-from emaswap.versions.manifest import Manifest, Variant
+from emaswap.store.keys import KINDS, manifest_key, tensors_key
+from emaswap.store.look import Look
 
 _ORPHAN_AGE_S = 3600.0
-_TENSORS_NAME = re.compile(r"(blake3|sha256)-[0-9a-f]{64}\.safetensors")
-_KINDS: tuple[Kind, ...] = ("weights", "probes")
 
 
 @dataclass(frozen=True)
@@ -39,24 +36,26 @@ class Retention:
         self._facts: dict[int, Facts | None] = {}
 
     def prune(self) -> list[int]:
-        """Delete what need not be kept; the numbers of the versions whose weights went, oldest first."""
-        versions = self.store.versions()
-        doomed = self._doomed(versions)
+        """Delete what need not be kept; return the numbers of the versions whose weights went, oldest first."""
+        look = self.store.look()
+        doomed = self._doomed(look)
         if not doomed:
             return []
-        kept_keys = {key for version in versions if version not in doomed for key in self._keys(version)}
-        openers = self._openers(versions)
+        kept_keys = {key for version in look.numbers if version not in doomed for key in self._keys(version)}
+        openers = self._openers(look)
+        there = {tensors_key(kind, digest) for kind in KINDS for digest in self.store.stored(kind)}
         pruned = []
         for version in doomed:
-            gone = [key for key in self._keys(version) - kept_keys if self.store.stamp(key) is not None]
+            gone = sorted((self._keys(version) - kept_keys) & there)
+            there.difference_update(gone)
             if version not in openers:
                 # The manifest goes first: a reader then finds no version, rather than one without its weights.
                 gone.insert(0, manifest_key(version))
             for key in gone:
-                self.store.delete(key)
+                self.store.files.delete(key)
             if gone:
                 pruned.append(version)
-        self._facts = {version: facts for version, facts in self._facts.items() if version in versions}
+        self._facts = {version: facts for version, facts in self._facts.items() if version in look.numbers}
         return pruned
 
     def clean(self) -> list[str]:
@@ -66,30 +65,30 @@ class Retention:
             return []  # an unreadable manifest may name any of them
         named = {key for version in versions for key in self._keys(version)}
         orphans = [
-            f"{kind}/{name}"
-            for kind in _KINDS
-            for name, age_s in self.store.names(kind).items()
-            if age_s > _ORPHAN_AGE_S and _TENSORS_NAME.fullmatch(name) and f"{kind}/{name}" not in named
+            key
+            for kind in KINDS
+            for digest, entry in self.store.stored(kind).items()
+            if entry.age_s > _ORPHAN_AGE_S and (key := tensors_key(kind, digest)) not in named
         ]
         for key in orphans:
-            self.store.delete(key)
+            self.store.files.delete(key)
         return orphans
 
-    def _doomed(self, versions: list[int]) -> list[int]:
-        ages = self.store.names("versions")
-        pin = self.store.pin()
+    def _doomed(self, look: Look) -> list[int]:
+        newest = look.in_line[-self.keep :]
         return [
-            version
-            for version in versions[: -self.keep]
-            if (pin is None or version != pin.version)
-            and ages.get(manifest_key(version).removeprefix("versions/"), 0.0) > self.grace_s
-            and self._read(version)
+            seen.version
+            for seen in look.versions
+            if seen.version not in newest
+            and not (look.pin and look.pin.version == seen.version)
+            and seen.age_s > self.grace_s
+            and self._read(seen.version)
         ]
 
-    def _openers(self, versions: list[int]) -> set[int]:
+    def _openers(self, look: Look) -> set[int]:
         """The versions that open a term."""
         first: dict[int, int] = {}
-        for version in versions:
+        for version in look.numbers:
             if facts := self._read(version):
                 first.setdefault(facts.term, version)
         return set(first.values())
@@ -100,15 +99,10 @@ class Retention:
 
     def _read(self, version: int) -> Facts | None:
         if version not in self._facts:
-            try:
-                self._facts[version] = _facts(self.store.manifest(version))
-            except (BadVersion, Missing):
-                self._facts[version] = None
+            manifest = self.store.readable(version)
+            self._facts[version] = (
+                Facts(manifest.term, frozenset(tensors_key(kind, blob.digest) for kind, blob in manifest.files()))
+                if manifest
+                else None
+            )
         return self._facts[version]
-
-
-def _facts(manifest: Manifest) -> Facts:
-    parts: list[Manifest | Variant] = [manifest, *manifest.variants.values()]
-    weights = (tensors_key("weights", part.weights.digest) for part in parts)
-    probes = (tensors_key("probes", part.probe.digest) for part in parts)
-    return Facts(manifest.term, frozenset((*weights, *probes)))

@@ -4,17 +4,21 @@ Knows what a version says of itself; whether that is true is for the reader of i
 """
 
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
 import pydantic_core
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from emaswap.errors import BadVersion, Reason
-from emaswap.files.digest import Digest
+from emaswap.files.digest import Digest, digest_of
+from emaswap.files.tensor_file import Blob, Size
 from emaswap.release import __version__
 from emaswap.versions.architecture import Architecture
-from emaswap.versions.signature import Signature, Size
+from emaswap.versions.signature import Signature
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
@@ -44,11 +48,9 @@ class TensorInfo(_Frozen):
     shape: tuple[Size, ...]
 
 
-class WeightsInfo(_Frozen):
-    """The weights file: digest and size of its bytes, and the tensors in it, tied ones once."""
+class WeightsInfo(Blob):
+    """The weights file, and the tensors in it, tied ones once."""
 
-    digest: Digest
-    size: Size
     tensors: dict[str, TensorInfo]
 
 
@@ -71,11 +73,9 @@ class TrainingInfo(_Frozen):
     metrics: dict[str, Metric] = {}
 
 
-class ProbeInfo(_Frozen):
+class ProbeInfo(Blob):
     """The probe file, and how far |served − recorded| may go: at most atol + rtol·|recorded|."""
 
-    digest: Digest
-    size: Size
     rtol: Annotated[float, Field(ge=0, le=1)]
     atol: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -86,6 +86,17 @@ class Variant(_Frozen):
     weights: WeightsInfo
     ema: EmaInfo
     probe: ProbeInfo
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a version is: its number and its manifest's digest, since a store begun anew has other versions 1, 2, 3."""
+
+    version: int
+    digest: Digest
+
+    def __str__(self) -> str:
+        return f"version {self.version} ({self.digest[:19]})"
 
 
 class Manifest(_Frozen):
@@ -107,15 +118,44 @@ class Manifest(_Frozen):
     probe: ProbeInfo
     variants: dict[VariantName, Variant] = {}
 
+    @cached_property
+    def identity(self) -> Identity:
+        """The version's identity, by the bytes that this manifest was read from, or else those it would be stored as."""
+        return Identity(self.version, digest_of(self.encode()))
+
+    def files(self) -> Iterator[tuple[Literal["weights", "probes"], Blob]]:
+        """Yield every file of the version with its kind: weights and probe of its own, and of all its variants."""
+        parts: tuple[Manifest | Variant, ...] = (self, *self.variants.values())
+        for part in parts:
+            yield "weights", part.weights
+            yield "probes", part.probe
+
+    def age_s(self, now: datetime) -> float:
+        """Return the seconds since it was published, by the two clocks; 0 when they say that it lies in the future."""
+        return max(0.0, (now - self.created_at).total_seconds())
+
+    def skew_s(self, now: datetime) -> float:
+        """Return by how many seconds the publisher's clock is ahead of this one at least; 0 when nothing shows it."""
+        return max(0.0, (self.created_at - now).total_seconds())
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some fields changed. It is another version, and knows its own identity."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("identity", None)
+        return copied
+
     def of_variant(self, name: str | None) -> "Manifest":
-        """This version with the weights of the named variant; `None` is the version as it is. `BadVersion` if it has none."""
+        """Return this version with the weights of the named variant, or as it is for `None`; its identity stays.
+
+        Raises `BadVersion` when it has no such variant.
+        """
         if name is None:
             return self
         variant = self.variants.get(name)
         if variant is None:
             there = ", ".join(self.variants) or "none"
             raise BadVersion(Reason.VARIANT_MISSING, f"it has no variant {name!r}; its variants: {there}")
-        return self.model_copy(update=dict(variant) | {"variants": {}})
+        return self.model_copy(update=dict(variant) | {"variants": {}})._of(self.identity)
 
     def encode(self) -> bytes:
         """The bytes to store: JSON, for people to read, too."""
@@ -135,16 +175,29 @@ class Manifest(_Frozen):
                 f"{__version__}, which reads up to format {FORMAT}: upgrade to the release that wrote it, or a later one",
             )
         try:
-            return cls.model_validate_json(data, strict=True)
+            manifest = cls.model_validate_json(data, strict=True)
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
             more = f"; and {len(problems) - 5} more" if problems[5:] else ""
             raise BadVersion(Reason.MANIFEST_INVALID, "; ".join(problems[:5]) + more) from None
+        return manifest._of(Identity(manifest.version, digest_of(data)))
+
+    def _of(self, identity: Identity) -> Self:
+        self.__dict__["identity"] = identity
+        return self
 
 
 class Pin(_Frozen):
-    """An operator's order: this version is the one to serve, whatever is newer."""
+    """An operator's order: this version is the one to serve, whatever is newer.
+
+    `digest` is that of the version's manifest when it was pinned, where that was known.
+    """
 
     version: Version
+    digest: Digest | None = None
     reason: str = ""
     at: datetime
+
+    def names(self, identity: Identity) -> bool:
+        """Return whether this is the version that was pinned, and not another that has its number by now."""
+        return self.version == identity.version and self.digest in (None, identity.digest)

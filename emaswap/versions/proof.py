@@ -1,6 +1,6 @@
-"""The proof that a version is what it claims to be: fetch its bytes, verify them in a module, replay its probe.
+"""The proof that a version is what it claims to be: verify its bytes in a module, and replay its probe.
 
-Three steps, each for itself, because a service shows which one a version is at, and times it.
+Two steps, because a service shows which one a version is at, and times it. Where the bytes come from is not known here.
 """
 
 from collections.abc import Iterable
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, Reason
-from emaswap.files.tensor_file import Blob
-from emaswap.store import Store
 from emaswap.tensors import dtype_name, named_tensors, not_finite
 from emaswap.versions.architecture import build, fill
 from emaswap.versions.manifest import Manifest
@@ -24,13 +22,6 @@ class Fetched:
 
     weights: dict[str, Tensor]
     probe: Probe
-
-
-def fetch(store: Store, manifest: Manifest) -> Fetched:
-    """Read weights and probe once into private memory. Raises `BadVersion` when a file is not what it should be."""
-    weights = store.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size)).tensors
-    recorded = store.tensors("probes", Blob(manifest.probe.digest, manifest.probe.size)).tensors
-    return Fetched(weights, Probe.from_tensors(recorded))
 
 
 def verify(manifest: Manifest, fetched: Fetched, *, trusted: Iterable[str], device: torch.device) -> nn.Module:

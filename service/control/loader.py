@@ -57,7 +57,7 @@ class Loader:
 
         with stage(State.FETCHING):
             manifest = manifest.of_variant(self.variant)
-            fetched = proof.fetch(self.store, manifest)
+            fetched = self.store.fetch(manifest)
         with stage(State.VERIFYING):
             module = proof.verify(manifest, fetched, trusted=self.trusted, device=self.device)
         with stage(State.WARMING):

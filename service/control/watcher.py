@@ -15,9 +15,10 @@ from typing import TypeVar
 import structlog
 from watchfiles import awatch
 
-from emaswap import BadVersion, Manifest, Missing, Pin, Reason, StoreError
+from emaswap import BadVersion, Missing, Pin, Reason, StoreError
 from emaswap.priority import give_way
-from emaswap.store.versions import manifest_key
+from emaswap.store.line import Line
+from emaswap.store.look import Look
 from service.control.lifecycle import History, State
 from service.control.loader import Loader
 from service.control.metrics import ControlMetrics
@@ -57,7 +58,8 @@ class Watcher:
         self.pin: Pin | None = None
         self.status = "the store has not been looked at yet"
         self._rejected: dict[int, _Rejection] = {}
-        self._terms: dict[int, int] = {}
+        self._line = Line(self.store)
+        self._seen = Look(())
         self._look = asyncio.Lock()
         self._changed = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, "emaswap-loader", initializer=give_way)
@@ -121,7 +123,7 @@ class Watcher:
         """Set `_changed` when the file system tells of a change. The poll goes on all the same; this only is quicker."""
         while True:
             path = self.store.watch_path
-            if path is None:
+            if path is None or not await asyncio.to_thread(path.is_dir):
                 await asyncio.sleep(self.poll_s)
                 continue
             try:
@@ -134,24 +136,23 @@ class Watcher:
     # -- on the watcher's thread ------------------------------------------------------------------------------------
 
     def _known(self) -> Known:
-        pin = self.store.pin()
-        versions = tuple(self.store.versions())
-        self.pin = pin
+        self._seen = self.store.look()
+        versions = self._seen.numbers
+        self.pin = self._seen.pin
         self.history.discover(versions)
         live = self.slot.current.version if self.slot.current else None
-        self.metrics.saw(versions[-1] if versions else 0, self.pin)
-        self._terms = {version: term for version, term in self._terms.items() if version in versions}
+        self.metrics.saw(self._seen.newest, self.pin)
         self._reconsider()
         return Known(live, versions, self.pin.version if self.pin else None, frozenset(self._rejected))
 
     def _reconsider(self) -> None:
         """Forget a rejection whose bytes have changed, or of a stale term that an operator has pinned all the same."""
         for version, rejection in list(self._rejected.items()):
-            if self.store.stamp(manifest_key(version)) is None:
+            if self._seen.get(version) is None:
                 del self._rejected[version]  # pruned: what is remembered of it stays
                 continue
             ordered = rejection.error.reason is Reason.STALE_TERM and self.pin and self.pin.version == version
-            if ordered or any(self.store.stamp(key) != stamp for key, stamp in rejection.stamps.items()):
+            if ordered or self.store.stamps(version) != rejection.stamps:
                 del self._rejected[version]
                 self.history.enter(version, State.DISCOVERED)
 
@@ -161,7 +162,8 @@ class Watcher:
         timings_s: dict[str, float] = {}
         try:
             manifest = self.store.manifest(version)
-            self._check_term(manifest)
+            if self.pin is None or self.pin.version != version:
+                self._line.check(manifest, self._seen)
             self.history.enter(version, State.DISCOVERED, digest=manifest.weights.digest, step=manifest.training.step)
             servable = self.loader.load(
                 manifest,
@@ -172,7 +174,7 @@ class Watcher:
         except Missing:
             return  # pruned between listing and reading: the next look sees what there is now
         except BadVersion as error:
-            if error.reason is Reason.FILE_MISSING and self.store.stamp(manifest_key(version)) is None:
+            if error.reason is Reason.FILE_MISSING and not self.store.has(version):
                 return  # pruned while it was being read, manifest first
             self._reject(version, error, stamps, timings_s)
             return
@@ -180,26 +182,6 @@ class Watcher:
             self._reject(version, BadVersion(Reason.FACTORY_FAILED, f"out of memory: {error}"), stamps, timings_s)
             return
         self._go_live(servable, timings_s)
-
-    def _check_term(self, manifest: Manifest) -> None:
-        """A version after one of a higher term is a zombie's: whoever took the store over did not publish it."""
-        self._terms[manifest.version] = manifest.term
-        if self.pin and self.pin.version == manifest.version:
-            return
-        self._learn_term_before(manifest.version)
-        above = max((term for version, term in self._terms.items() if version < manifest.version), default=0)
-        if manifest.term < above:
-            raise BadVersion(
-                Reason.STALE_TERM,
-                f"term {manifest.term} is below term {above} of an earlier version: its publisher had been replaced",
-            )
-
-    def _learn_term_before(self, version: int) -> None:
-        """After a start nothing is known of the terms before; that of the version right before this one tells most."""
-        before = max((number for number in self.store.versions() if number < version), default=0)
-        if before and before not in self._terms:
-            with contextlib.suppress(BadVersion, Missing):
-                self._terms[before] = self.store.manifest(before).term
 
     def _reject(
         self, version: int, error: BadVersion, stamps: dict[str, str | None], timings_s: dict[str, float]

@@ -3,10 +3,9 @@
 import hmac
 import shlex
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
-from emaswap import EmaswapError, Missing, Pin, ReadOnly, Reason, StoreError
+from emaswap import EmaswapError, Missing, ReadOnly, Reason, StoreError
 from service.control.lifecycle import History, State
 from service.control.watcher import Watcher
 from service.refusal import Code, Refusal
@@ -43,14 +42,16 @@ class Admin:
                 Code.VERSION_WAS_REJECTED, f"version {version} was rejected: {record.reason}: {record.detail}"
             )
         store = self._watcher.store
-        pin = Pin(version=version, reason=reason, at=datetime.now(UTC))
-        await self._write(lambda: store.set_pin(pin), f"emaswap pin --store {shlex.quote(store.location)} {version}")
+        await self._write(
+            lambda: store.orders.set_pin(version, reason),
+            f"emaswap pin --store {shlex.quote(store.location)} {version}",
+        )
         return await self.refresh()
 
     async def unpin(self) -> PinState:
         """Remove the pin, and wait until the newest version is live."""
         store = self._watcher.store
-        await self._write(store.clear_pin, f"emaswap unpin --store {shlex.quote(store.location)}")
+        await self._write(store.orders.clear_pin, f"emaswap unpin --store {shlex.quote(store.location)}")
         return await self.refresh()
 
     async def refresh(self) -> PinState:
@@ -59,14 +60,15 @@ class Admin:
         live = self._watcher.slot.current
         return PinState(pin=self._watcher.pin, live=live.version if live else None, status=self._watcher.status)
 
-    async def _write(self, change: Callable[[], None], command: str) -> None:
+    async def _write(self, change: Callable[[], object], command: str) -> None:
         store = self._watcher.store
-        if store.watch_path is None:
-            raise Refusal(Code.STORE_UNREACHABLE, self._watcher.status)
-        if not await self._watcher.on_thread(store.is_writable):
-            raise Refusal(
-                Code.STORE_IS_READ_ONLY, f"this service may not write the store; where one may, run: {command}"
-            )
+        try:
+            if not await self._watcher.on_thread(store.is_writable):
+                raise ReadOnly("this service may not write the store")
+        except ReadOnly as error:
+            raise Refusal(Code.STORE_IS_READ_ONLY, f"{error}; where one may, run: {command}") from None
+        except StoreError as error:
+            raise Refusal(Code.STORE_UNREACHABLE, str(error)) from None
         try:
             await self._watcher.on_thread(change)
         except Missing as error:

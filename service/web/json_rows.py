@@ -55,12 +55,9 @@ def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
 def encode(answer: Answer) -> bytes:
     """Return the body of an answer: outputs, predictions where there are labels, and the version that made them.
 
-    Raises `Refusal` when the outputs give nothing to answer with.
+    Raises `Refusal` when there are not as many outputs as labels.
     """
     servable, outputs = answer.servable, answer.outputs
-    for field in servable.signature.outputs:
-        if 0 in field.shape:
-            raise Refusal(Code.MODEL_REFUSED, f"output {field.name!r} is {field}: this model has nothing to answer")
     body: dict[str, Any] = {"outputs": outputs if len(outputs) > 1 else next(iter(outputs.values()))}
     if servable.signature.labels is not None:
         body["predictions"] = _predictions(next(iter(outputs.values())), servable.signature.labels)
@@ -75,7 +72,7 @@ def encode(answer: Answer) -> bytes:
 
 def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str, object]]:
     """Return the likeliest label of each row, and its softmax probability."""
-    if logits.shape[1] != len(labels) or not labels:
+    if logits.shape[1] != len(labels):
         raise Refusal(Code.MODEL_REFUSED, f"the model gave {logits.shape[1]} outputs a row for {len(labels)} labels")
     # Whole numbers would wrap around.
     logits = logits.astype(np.promote_types(logits.dtype, np.float32))

@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 
 # What is larger is parsed and encoded on a thread.
 _INLINE_BYTES = 64 << 10
+# Only clients that wait longer are watched for leaving: most have their answer by then.
+_PATIENCE_S = 0.02
 # Versions that may be replaced under one request before it is told to come again.
 _ATTEMPTS = 3
 
@@ -121,18 +123,25 @@ class Predict:
 
     async def _wait(self, answer: "asyncio.Future[Answer]", receive: Receive) -> Answer:
         """Wait for the answer for as long as the client does. Raises `ClientGone` when it has closed the connection."""
+        watch: asyncio.Task[None] | None = None
+
+        def begin() -> None:
+            nonlocal watch
+            watch = asyncio.create_task(closed(receive), name="closed")
+            watch.add_done_callback(leave)
 
         def leave(_: asyncio.Task[None]) -> None:
             if not answer.done():
                 answer.set_exception(ClientGone())
                 self.batcher.drop(answer)
 
-        watch = asyncio.create_task(closed(receive), name="closed")
-        watch.add_done_callback(leave)
+        timer = asyncio.get_running_loop().call_later(_PATIENCE_S, begin)
         try:
             return await answer
         finally:
-            watch.cancel()
+            timer.cancel()
+            if watch is not None:
+                watch.cancel()
 
     def _live(self, wanted: int) -> Servable:
         servable = self.slot.current

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emaswap import DirectoryStore, __version__, cli
+from emaswap.store.keys import tensors_key
 from emaswap.store.line import Term
-from emaswap.store.versions import tensors_key
 from tests.conftest import Publish
 from tests.forging import FORGERIES, commit
 from tests.programs import run
@@ -26,7 +26,7 @@ def test_ls_shows_each_version_on_a_line(store: DirectoryStore, publish: Publish
     """A line has number, step and digest; the pinned version is marked, and so is one whose weights were pruned."""
     manifests = [publish(step=step) for step in (10, 20, 30)]
     assert emaswap("pin", "--store", store.root, 2).exit_code == 0
-    store.delete(tensors_key("weights", manifests[0].weights.digest))
+    store.files.delete(tensors_key("weights", manifests[0].weights.digest))
     result = emaswap("ls", "--store", store.root)
     assert result.exit_code == 0
     _, first, second, third = result.output.strip().splitlines()
@@ -75,13 +75,13 @@ def test_pin_and_unpin_write_the_store(store: DirectoryStore, publish: Publish) 
     """A pin is there with its reason until it is unpinned; a version that is not there cannot be pinned."""
     publish()
     assert emaswap("pin", "--store", store.root, 1, "--reason", "the good one").exit_code == 0
-    pin = store.pin()
+    pin = store.orders.pin()
     assert pin is not None
     assert (pin.version, pin.reason) == (1, "the good one")
     assert emaswap("unpin", "--store", store.root).exit_code == 0
-    assert store.pin() is None
+    assert store.orders.pin() is None
     assert emaswap("pin", "--store", store.root, 2).exit_code != 0
-    assert store.pin() is None
+    assert store.orders.pin() is None
 
 
 def test_prune_keeps_what_it_is_told_to(store: DirectoryStore, publish: Publish) -> None:
@@ -92,7 +92,7 @@ def test_prune_keeps_what_it_is_told_to(store: DirectoryStore, publish: Publish)
     result = emaswap("prune", "--store", store.root, "--keep", 1, "--grace", 0)
     assert "pruned 3 versions" in result.output
     assert store.versions() == [1, 3, 5]
-    assert len(store.names("weights")) == 2
+    assert len(store.files.entries("weights")) == 2
 
 
 def test_the_store_may_be_named_by_a_variable(

@@ -86,7 +86,7 @@ def written(tensors: dict[str, Tensor], algorithm: Algorithm = "blake3") -> tupl
 
 def parsed(data: bytes) -> TensorFile:
     """Read bytes whose digest and size are right."""
-    return read(io.BytesIO(data), Blob(digest_of(data), len(data)))
+    return read(io.BytesIO(data), Blob(digest=digest_of(data), size=len(data)))
 
 
 def with_header(header: object, data: bytes = b"") -> bytes:
@@ -139,7 +139,7 @@ def test_files_pass_between_both_packages_on_disk(tmp_path: Path) -> None:
     safetensors.torch.save_file(state, tmp_path / "theirs")
     data = (tmp_path / "theirs").read_bytes()
     with (tmp_path / "theirs").open("rb", buffering=0) as unbuffered:
-        assert_same(read(unbuffered, Blob(digest_of(data), len(data))).tensors, state)
+        assert_same(read(unbuffered, Blob(digest=digest_of(data), size=len(data))).tensors, state)
 
 
 @dtypes
@@ -224,16 +224,16 @@ def test_a_header_that_could_not_be_read_back_is_not_written() -> None:
 def test_digest_and_size_are_those_of_the_bytes(state: dict[str, Tensor]) -> None:
     """What `write` returns is what anyone would work out from the file."""
     data, blob = written(state, "blake3")
-    assert blob == Blob(f"blake3:{blake3(data).hexdigest()}", len(data))
+    assert blob == Blob(digest=f"blake3:{blake3(data).hexdigest()}", size=len(data))
     data, blob = written(state, "sha256")
-    assert blob == Blob(f"sha256:{hashlib.sha256(data).hexdigest()}", len(data))
+    assert blob == Blob(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", size=len(data))
 
 
 def test_a_file_of_several_megabytes_is_digested_whole() -> None:
     """Bytes beyond the first slice that is read or written count, too."""
     state = {"x": torch.arange(700_000, dtype=torch.float32), "y": torch.arange(300_001, dtype=torch.int8)}
     data, blob = written(state)
-    assert blob == Blob(digest_of(data), len(data))
+    assert blob == Blob(digest=digest_of(data), size=len(data))
     found = read(io.BytesIO(data), blob).tensors
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
@@ -248,7 +248,7 @@ def test_a_flipped_bit_is_found(bit: int, algorithm: Algorithm) -> None:
     bent = bytearray(DATA)
     bent[bit // 8] ^= 1 << bit % 8
     with pytest.raises(BadVersion) as raised:
-        read(io.BytesIO(bent), Blob(digest_of(DATA, algorithm), len(DATA)))
+        read(io.BytesIO(bent), Blob(digest=digest_of(DATA, algorithm), size=len(DATA)))
     assert raised.value.reason == Reason.DIGEST_MISMATCH
 
 
@@ -277,7 +277,7 @@ def test_no_more_than_the_claimed_size_is_read(tmp_path: Path, size: int) -> Non
     path.write_bytes(b"x" * (5 << 20))
     with path.open("rb", buffering=0) as file:
         with pytest.raises(BadVersion) as raised:
-            read(file, Blob(digest_of(b""), size))
+            read(file, Blob(digest=digest_of(b""), size=size))
         assert file.tell() <= size + 1
     assert raised.value.reason == Reason.SIZE_MISMATCH
 
@@ -286,7 +286,7 @@ def test_no_more_than_the_claimed_size_is_read(tmp_path: Path, size: int) -> Non
 def test_a_claim_beyond_all_memory_is_a_wrong_size(size: int) -> None:
     """A small file that is claimed to be larger than memory is rejected for its size, whatever the memory."""
     with pytest.raises(BadVersion) as raised:
-        read(io.BytesIO(DATA), Blob(BLOB.digest, size))
+        read(io.BytesIO(DATA), Blob(digest=BLOB.digest, size=size))
     assert raised.value.reason == Reason.SIZE_MISMATCH
 
 

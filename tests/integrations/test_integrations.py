@@ -1,4 +1,4 @@
-"""What the integrations have in common, under a loop of our own; `tests/peers` has each under its framework."""
+"""What the integrations share, in a loop of our own; `tests/peers` runs each one under its framework."""
 
 import signal
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from emaswap import Architecture, BadVersion, Constant, DirectoryStore, EmaswapError, Fenced, ModelEMA
+from emaswap import Architecture, BadVersion, Constant, DirectoryStore, EmaswapError, Fenced, ModelEMA, PublishError
 from emaswap.integrations import sidecar
 from emaswap.integrations.bridge import Averaging
 from emaswap.integrations.shield import shield
@@ -66,7 +66,7 @@ def steps_of(store: DirectoryStore) -> list[int]:
 
 
 def test_a_loop_publishes_every_so_many_steps_and_at_the_end(store: DirectoryStore) -> None:
-    """Steps count, and not the micro-batches between them; what is logged and a number travels along."""
+    """Steps count, micro-batches do not; logged values that are numbers travel with the version."""
     bridge = averaging(store, every_n_steps=3)
     train(bridge, Linear(), steps=7, micro_batches=3)
     assert bridge.ema is not None
@@ -78,7 +78,7 @@ def test_a_loop_publishes_every_so_many_steps_and_at_the_end(store: DirectorySto
 
 
 def test_a_step_that_passes_over_the_multiple_is_due(store: DirectoryStore) -> None:
-    """Frameworks count the steps of several optimizers together, so that counts come by twos and threes."""
+    """Frameworks count the steps of several optimizers together, so that a count may rise by two or three."""
     bridge = averaging(store, every_n_steps=10)
     bridge.begin(Linear(), [])
     for step in (3, 6, 9):
@@ -94,7 +94,7 @@ def test_a_step_that_passes_over_the_multiple_is_due(store: DirectoryStore) -> N
 
 
 def test_nothing_new_is_nothing_to_publish(store: DirectoryStore) -> None:
-    """A run that goes on and finds itself at its end adds no version."""
+    """A run that resumes at its end adds no version."""
     bridge = averaging(store)
     bridge.restore(ModelEMA(Linear(), Constant(0.5)).state_dict())
     train(bridge, Linear(), steps=0, step=4)
@@ -102,7 +102,7 @@ def test_nothing_new_is_nothing_to_publish(store: DirectoryStore) -> None:
 
 
 def test_only_one_process_publishes(store: DirectoryStore) -> None:
-    """The others keep their average, and leave the store alone."""
+    """The other processes keep their average and leave the store alone."""
     bridge = averaging(store)
     model = Linear()
     bridge.begin(model, [], publishes=False)
@@ -114,8 +114,8 @@ def test_only_one_process_publishes(store: DirectoryStore) -> None:
     assert not store.newest()
 
 
-def test_where_no_optimizer_is_known_the_steps_count(store: DirectoryStore) -> None:
-    """A step that was told of before is no update."""
+def test_without_an_optimizer_the_steps_count(store: DirectoryStore) -> None:
+    """A step that was reported before is not an update."""
     bridge = averaging(store)
     bridge.begin(Linear(), [])
     for step in (1, 1, 2, 2, 2):
@@ -126,7 +126,7 @@ def test_where_no_optimizer_is_known_the_steps_count(store: DirectoryStore) -> N
 
 
 def test_an_optimizer_of_other_weights_does_not_count(store: DirectoryStore) -> None:
-    """Of several optimizers, that of the averaged part of the model says when there is something new."""
+    """Only the optimizer of the averaged part of the model says when there is something new."""
     model = nn.ModuleDict({"net": Linear(), "critic": Linear()})
     bridge = averaging(store, module="net")
     optimizers = [torch.optim.SGD(model[name].parameters(), lr=0.1) for name in ("net", "critic")]
@@ -143,10 +143,8 @@ def test_an_optimizer_of_other_weights_does_not_count(store: DirectoryStore) -> 
     bridge.finish({})
 
 
-def test_training_that_goes_on_goes_on_with_its_average(
-    store: DirectoryStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The saved average is what it goes on from; a run that has none, though it goes on, is warned."""
+def test_training_that_resumes_resumes_its_average(store: DirectoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    """The average resumes from its saved state; a run that resumes without one gets a warning."""
     bridge, model = averaging(store), Linear()
     train(bridge, model, steps=3)
     later = averaging(store)
@@ -160,8 +158,8 @@ def test_training_that_goes_on_goes_on_with_its_average(
     assert "resumes at step 5 without a saved average" in caplog.text
 
 
-def test_training_again_goes_on_with_the_same_average(store: DirectoryStore) -> None:
-    """A second training of the same model, with the same callback, does not start the average anew; another model does."""
+def test_training_again_continues_the_same_average(store: DirectoryStore) -> None:
+    """A second training of the same model with the same callback keeps the average; another model starts a new one."""
     bridge, model = averaging(store), Linear()
     train(bridge, model, steps=2)
     train(bridge, model, steps=2)
@@ -172,7 +170,7 @@ def test_training_again_goes_on_with_the_same_average(store: DirectoryStore) -> 
 
 
 def test_validation_has_the_average_when_asked_for(store: DirectoryStore) -> None:
-    """Swapped in as often as one likes, and out as often; without the wish nothing is swapped."""
+    """Swapping in or out twice does nothing more; unless asked for, nothing is swapped."""
     for wanted in (True, False):
         bridge, model = averaging(store, validate_with_ema=wanted), Linear()
         bridge.swap_in()  # validation before training
@@ -189,15 +187,14 @@ def test_validation_has_the_average_when_asked_for(store: DirectoryStore) -> Non
 
 
 def test_what_cannot_be_published_is_a_warning(store: DirectoryStore, caplog: pytest.LogCaptureFixture) -> None:
-    """Training goes on to its end whatever publishing says."""
+    """Training continues to its end although nothing can be published."""
     train(averaging(store, architecture=Architecture.of(Linear, outputs=5)), Linear(), steps=4)
     assert "does not build the module that is published" in caplog.text
-    assert "training continues" in caplog.text
     assert steps_of(store) == []
 
 
 def test_a_fenced_run_ends(store: DirectoryStore, publish: Publish) -> None:
-    """`Fenced` comes through; when training ends by an error, that error alone does."""
+    """`Fenced` is raised, but not when another error has ended training."""
     bridge, model = averaging(store), Linear()
     bridge.begin(model, [])
     publish()
@@ -218,7 +215,7 @@ def test_a_fenced_run_ends(store: DirectoryStore, publish: Publish) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=["Ctrl-C", "exit"])
 def test_a_stopped_run_publishes_its_last_average(store: DirectoryStore, error: BaseException) -> None:
-    """What training has come to is published, though no version was due, and the model has its own weights back."""
+    """The last average is published although no version was due, and the model has its own weights back."""
     bridge, model = averaging(store, every_n_steps=100, validate_with_ema=True), Linear()
     bridge.begin(model, [])
     with torch.no_grad():
@@ -234,7 +231,7 @@ def test_a_stopped_run_publishes_its_last_average(store: DirectoryStore, error: 
 
 
 def test_a_failed_run_publishes_nothing_more(store: DirectoryStore) -> None:
-    """The average of a run that crashed does not come in front of users; what was published before stays."""
+    """The average of a run that crashed is not published; earlier versions stay."""
     bridge = averaging(store)
     bridge.begin(Linear(), [])
     bridge.advance(2)
@@ -246,7 +243,7 @@ def test_a_failed_run_publishes_nothing_more(store: DirectoryStore) -> None:
 
 
 def test_a_fenced_stop_is_still_a_stop(store: DirectoryStore, publish: Publish) -> None:
-    """That another publisher has taken over the store does not take the place of the Ctrl-C that ends training."""
+    """`Fenced` does not replace the Ctrl-C that ends training."""
     bridge = averaging(store)
     bridge.begin(Linear(), [])
     publish()
@@ -256,7 +253,7 @@ def test_a_fenced_stop_is_still_a_stop(store: DirectoryStore, publish: Publish) 
 
 
 def test_a_signal_does_not_cut_an_update_in_half(store: DirectoryStore, interruptible: None) -> None:
-    """Ctrl-C in the middle of an update comes through after it: the average that is published is a whole one."""
+    """Ctrl-C in the middle of an update is raised after the update, so that a whole average is published."""
 
     class Interrupted(ModelEMA):
         def update(self, model: nn.Module) -> bool:
@@ -278,7 +275,7 @@ def test_a_signal_does_not_cut_an_update_in_half(store: DirectoryStore, interrup
 
 
 def test_a_shielded_block_ends_before_a_signal_comes_through(interruptible: None) -> None:
-    """The handler is called once the block has ended, also by an error, and is the same as before afterwards."""
+    """The handler is called after the block has ended, even by an error, and is restored."""
     before = signal.getsignal(signal.SIGINT)
     done = []
 
@@ -299,7 +296,7 @@ def test_a_shielded_block_ends_before_a_signal_comes_through(interruptible: None
 
 
 def test_a_shield_in_another_thread_does_nothing() -> None:
-    """Signals are handled in the main thread, and only there may handlers be set."""
+    """Python handles signals in the main thread, and only that thread may set handlers."""
     done = []
 
     def work() -> None:
@@ -315,6 +312,12 @@ def test_a_shield_in_another_thread_does_nothing() -> None:
 # -- settings and frameworks -------------------------------------------------------------------------------------------
 
 
+def test_what_could_never_be_published_is_an_error_when_training_begins(store: DirectoryStore) -> None:
+    """A factory that cannot be built ends training before its first step."""
+    with pytest.raises(PublishError, match="Linear"):
+        averaging(store, architecture=Architecture.of(Linear, width="wide")).begin(Linear(), [])
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [({"every_n_steps": 0}, ValueError), ({"keeep": 3}, TypeError)],
@@ -323,7 +326,7 @@ def test_a_shield_in_another_thread_does_nothing() -> None:
 def test_wrong_settings_are_refused_at_once(
     store: DirectoryStore, options: dict[str, Any], error: type[Exception]
 ) -> None:
-    """Not only when training begins."""
+    """They are refused when the callback is made, not when training begins."""
     with pytest.raises(error):
         averaging(store, **options)
 
@@ -405,7 +408,7 @@ def test_ultralytics_epochs(store: DirectoryStore, every: int, possible: set[int
 def test_an_ultralytics_run_that_is_stopped(
     store: DirectoryStore, error: BaseException, last: int, *, updating: bool
 ) -> None:
-    """Ctrl-C publishes the average of the updates that were made wholly; a crash publishes nothing more."""
+    """Ctrl-C publishes the average after its last whole update; a crash publishes nothing more."""
     yolo = Yolo()
     publish_from(yolo, store, name="test", architecture=Architecture.of(Linear), probe=ROWS)
     with pytest.raises(type(error)):

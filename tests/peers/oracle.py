@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from emaswap import DirectoryStore, Manifest
-from emaswap.files.tensor_file import Blob
 from tests.serving import ROOT
 
 State = dict[str, Tensor]
@@ -66,4 +65,4 @@ def published(store: DirectoryStore) -> list[Manifest]:
 
 def weights_of(store: DirectoryStore, manifest: Manifest) -> State:
     """A version's weights as a reader gets them, verified."""
-    return store.tensors("weights", Blob(manifest.weights.digest, manifest.weights.size)).tensors
+    return store.tensors("weights", manifest.weights).tensors

@@ -197,7 +197,6 @@ def test_a_publish_that_fails_does_not_end_training(
     fit = Fit(tmp_path, averaging, hooks(on_step_begin=fault)).train()
     assert fit.trainer.state.global_step == 12
     assert "step 4 was not published" in caplog.text
-    assert "training continues" in caplog.text
     assert [manifest.training.step for manifest in published(store)] in ([8, 12], [12])  # 12 may come before 8 is begun
 
 

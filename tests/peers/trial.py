@@ -31,7 +31,7 @@ def break_store(store: DirectoryStore, step: int, averaging: Any) -> None:
         weights.rename(away)
         weights.write_text("not a folder")
     if step == 6:
-        wait_until_idle(averaging)
+        wait_until_failed(averaging)
         weights.unlink()
         away.rename(weights)
 
@@ -43,9 +43,9 @@ def take_over(store: DirectoryStore, step: int, averaging: Any) -> None:
         with Publisher(store, name="digits", architecture=architecture, probe=IMAGES[:2]) as publisher:
             publisher.publish(DigitsNet(width=4))
     if step == 6:
-        wait_until_idle(averaging)
+        wait_until_failed(averaging)
 
 
-def wait_until_idle(averaging: Any) -> None:
-    """Return once a callback's publisher is not at any version."""
-    wait_for(lambda: averaging.publisher._working is None)
+def wait_until_failed(averaging: Any) -> None:
+    """Return once a callback's publisher has failed to publish."""
+    wait_for(lambda: averaging.publisher.error)

@@ -17,7 +17,6 @@ from emaswap import (
     StoreError,
     load,
 )
-from emaswap.files.tensor_file import Blob
 from emaswap.models.digits import DigitsNet
 from emaswap.store.line import Term
 from tests.conftest import Publish
@@ -77,7 +76,7 @@ def test_a_bad_version_is_passed_over_unless_it_is_asked_for(store: DirectorySto
     good = commit(store, term)
     commit(store, term, forgery)
     loaded = load(store, trusted=TRUST)
-    weights = store.tensors("weights", Blob(good.weights.digest, good.weights.size)).tensors
+    weights = store.tensors("weights", good.weights).tensors
     assert torch.equal(loaded.get_parameter("layer.weight"), weights["layer.weight"])
     with pytest.raises(BadVersion) as caught:
         load(store, 2, trusted=TRUST)
@@ -112,7 +111,7 @@ def test_a_replaced_publishers_version_is_not_loaded(store: DirectoryStore) -> N
     with pytest.raises(BadVersion) as caught:
         load(store, 3, trusted=TRUST)
     assert caught.value.reason == Reason.STALE_TERM
-    weights = store.tensors("weights", Blob(good.weights.digest, good.weights.size)).tensors
+    weights = store.tensors("weights", good.weights).tensors
     assert torch.equal(load(store, trusted=TRUST).get_parameter("layer.weight"), weights["layer.weight"])
 
 

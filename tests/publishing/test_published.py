@@ -23,7 +23,7 @@ from emaswap import (
     snapshots_of,
     synthesize,
 )
-from emaswap.store.versions import tensors_key
+from emaswap.store.keys import tensors_key
 from emaswap.versions.architecture import build, fill
 from tests.models import Linear
 

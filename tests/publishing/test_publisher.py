@@ -30,8 +30,7 @@ from emaswap import (
     open_store,
 )
 from emaswap.files.digest import digest_of
-from emaswap.files.tensor_file import Blob
-from emaswap.store.versions import manifest_key, tensors_key
+from emaswap.store.keys import manifest_key, tensors_key
 from emaswap.tensors import named_tensors
 from emaswap.versions.probe import Probe
 from tests.disk import fill, small_disk
@@ -112,7 +111,7 @@ def linear_publisher(
 def weights_of(store: DirectoryStore, version: int) -> dict[str, Tensor]:
     """A version's weights as a reader gets them, verified."""
     written = store.manifest(version).weights
-    return store.tensors("weights", Blob(written.digest, written.size)).tensors
+    return store.tensors("weights", written).tensors
 
 
 def damaged(value: float) -> Linear:
@@ -374,7 +373,7 @@ def test_weights_that_are_not_finite_are_refused(store: DirectoryStore, value: f
         with pytest.raises(PublishError, match=r"not finite.*layer\.weight.*persistent=False"):
             publisher.flush()
         assert store.versions() == []
-        assert store.names("weights") == store.names("probes") == {}
+        assert store.files.entries("weights") == store.files.entries("probes") == {}
         publisher.publish(Linear().to(dtype))
     assert store.versions() == [1]
 
@@ -413,7 +412,7 @@ def test_a_factory_that_does_not_build_the_published_module_is_refused(
         with Publisher(store, name="test", architecture=architecture, probe=ROWS) as publisher:
             publisher.publish(Linear())
     assert store.versions() == []
-    assert store.names("weights") == {}
+    assert store.files.entries("weights") == {}
 
 
 def test_a_module_that_has_changed_since_the_first_version_is_refused(store: DirectoryStore) -> None:
@@ -450,7 +449,7 @@ def test_a_full_disk_costs_a_version_and_no_more(tmp_path: Path) -> None:
             with pytest.raises(PublishError, match="step 2 was not published.*No space left on device"):
                 publisher.flush()
             assert store.versions() == [1]
-            assert store.names("tmp") == {}
+            assert store.files.entries("tmp") == {}
             filler.unlink()
             publisher.publish(Linear(), step=3)
         assert store.manifest(2).training.step == 3
@@ -805,7 +804,7 @@ def test_the_probe_records_the_averages_own_answers(store: DirectoryStore) -> No
         ema.update(model)
     rows = torch.randn(4, 6)
     manifest = published(store, ema, probe=rows)
-    probe = Probe.from_tensors(store.tensors("probes", Blob(manifest.probe.digest, manifest.probe.size)).tensors)
+    probe = Probe.from_tensors(store.tensors("probes", manifest.probe).tensors)
     with torch.no_grad():
         answers, raw = ema.ema(rows), model.eval()(rows)
     assert torch.equal(probe.inputs["input"], rows)

@@ -143,7 +143,7 @@ def test_a_model_that_could_never_be_published_is_refused_at_once(
     with pytest.raises(PublishError, match=f"{HERE}:Doing builds cannot be proven by this probe: .*{problem}"):
         publisher_of(store, what)
     assert store.versions() == []
-    assert store.names("weights") == {}
+    assert store.files.entries("weights") == {}
 
 
 class Exotic(Linear):

@@ -57,7 +57,7 @@ def test_profiles_are_variants_of_the_version(store: DirectoryStore) -> None:
     assert {name: variant.ema.decay for name, variant in manifest.variants.items()} == {"short": 0.5, "long": 0.9}
     for name, module in ema.profiles.items():
         variant = manifest.of_variant(name)
-        tensors = store.tensors("weights", variant.weights).tensors  # type: ignore[arg-type]
+        tensors = store.tensors("weights", variant.weights).tensors
         torch.testing.assert_close(tensors, dict(module.state_dict()), rtol=0, atol=0)
     assert len({manifest.weights.digest, *(each.weights.digest for each in manifest.variants.values())}) == 3
 
@@ -89,7 +89,7 @@ def test_retention_keeps_and_prunes_variants_with_their_version(store: Directory
     newest = store.manifest(4)
     digests = [newest.weights.digest, *(variant.weights.digest for variant in newest.variants.values())]
     expected = {f"{digest.replace(':', '-')}.safetensors" for digest in digests}
-    assert store.names("weights").keys() == expected
+    assert store.files.entries("weights").keys() == expected
 
 
 def test_a_service_serves_the_variant_that_it_is_told_to(store: DirectoryStore) -> None:
@@ -179,7 +179,7 @@ def test_what_is_published_is_recalibrated_and_the_average_is_not(store: Directo
         publisher.publish(ema)
     torch.testing.assert_close(dict(ema.ema.state_dict()), before, rtol=0, atol=0)
     recalibrate(ema.ema, batches)
-    stored = store.tensors("weights", store.manifest(1).weights).tensors  # type: ignore[arg-type]
+    stored = store.tensors("weights", store.manifest(1).weights).tensors
     torch.testing.assert_close(stored, dict(ema.ema.state_dict()), rtol=0, atol=0)
 
 

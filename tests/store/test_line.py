@@ -13,9 +13,10 @@ import pytest
 
 from emaswap import Architecture, BadVersion, DirectoryStore, Fenced, Manifest, PublishError, Signature, TensorField
 from emaswap.files.digest import digest_of
+from emaswap.store.files import read
+from emaswap.store.keys import CURRENT, manifest_key
 from emaswap.store.line import Place, Term
 from emaswap.store.retention import Retention
-from emaswap.store.versions import CURRENT, manifest_key
 from emaswap.versions.manifest import MAX_MANIFEST_BYTES, ProbeInfo, TensorInfo, WeightsInfo
 
 _ANY = digest_of(b"")
@@ -50,7 +51,7 @@ def commits(term: Term, count: int) -> list[int]:
 
 def stored(store: DirectoryStore, version: int) -> bytes:
     """A manifest's bytes as they lie in the store."""
-    return store.read(manifest_key(version), MAX_MANIFEST_BYTES)
+    return read(store.files, manifest_key(version), MAX_MANIFEST_BYTES)
 
 
 def assert_one_line(store: DirectoryStore) -> None:
@@ -93,7 +94,7 @@ def test_a_parent_is_the_digest_of_bytes_that_a_later_release_wrote(store: Direc
     """Fields and spacing that this release would not write itself belong to the bytes that the next version names."""
     manifest = json.loads(describe(Place(1, 1, "a later release's", None)).encode())
     data = json.dumps(manifest | {"field_of_a_later_release": 1}).encode()
-    store.create(manifest_key(1), data)
+    store.files.create(manifest_key(1), data)
     assert opened(store).commit(describe).parent == digest_of(data)
 
 
@@ -103,7 +104,7 @@ def test_a_parent_is_the_digest_of_the_bytes_of_a_zombie_that_was_passed_over(st
     term = opened(store)
     manifest = json.loads(describe(Place(2, 1, "a zombie's", None)).encode())
     data = json.dumps(manifest | {"field_of_a_later_release": 1}).encode()
-    store.create(manifest_key(2), data)
+    store.files.create(manifest_key(2), data)
     assert term.commit(describe).parent == digest_of(data)
 
 
@@ -212,7 +213,7 @@ def test_a_publishers_own_commit_is_no_reason_to_stop(store: DirectoryStore) -> 
     """A commit that went through although it was reported as an error is passed over, not taken for another's."""
     term = opened(store)
     lost = describe(Place(1, term.term, term.run, None))
-    store.create(manifest_key(1), lost.encode())
+    store.files.create(manifest_key(1), lost.encode())
     assert commits(term, 2) == [2, 3]
     assert_one_line(store)
 
@@ -223,7 +224,7 @@ def test_a_commit_that_finds_its_own_bytes_has_succeeded(store: DirectoryStore) 
 
     def describe_and_create(place: Place) -> Manifest:
         manifest = describe(place)
-        store.create(manifest_key(place.version), manifest.encode())
+        store.files.create(manifest_key(place.version), manifest.encode())
         return manifest
 
     assert term.commit(describe_and_create).version == 1

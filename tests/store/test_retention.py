@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from emaswap import DirectoryStore, EmaswapError, Manifest, Missing, Pin, Publisher
-from emaswap.files.tensor_file import Blob
+from emaswap import DirectoryStore, EmaswapError, Manifest, Missing, Publisher
+from emaswap.store.keys import manifest_key, tensors_key
 from emaswap.store.retention import Retention
-from emaswap.store.versions import manifest_key, tensors_key
 from tests.models import Linear
 
 HOUR_S = 3600.0
@@ -79,7 +78,7 @@ def test_pruning_takes_all_files_of_a_version(store: DirectoryStore) -> None:
     turn(store, *fresh(5))
     make_old(store, "versions")
     Retention(store, keep=2).prune()
-    assert len(store.names("weights")) == len(store.names("probes")) == 2
+    assert len(store.files.entries("weights")) == len(store.files.entries("probes")) == 2
     with pytest.raises(Missing):
         store.manifest(2)
 
@@ -109,21 +108,21 @@ def test_keeping_nothing_is_refused(store: DirectoryStore) -> None:
 @pytest.mark.parametrize("pinned", [1, 3, 6])
 def test_the_pinned_version_is_kept(store: DirectoryStore, pinned: int) -> None:
     """A version that an operator pinned stays whole, however old."""
-    manifests = turn(store, *fresh(6))
+    turn(store, *fresh(6))
     make_old(store, "versions")
-    store.set_pin(Pin(version=pinned, at=manifests[0].created_at))
+    store.orders.set_pin(pinned)
     Retention(store, keep=1).prune()
     assert whole(store) == sorted({pinned, 6})
 
 
 def test_a_version_goes_once_it_is_no_longer_pinned(store: DirectoryStore) -> None:
     """A pin keeps a version as long as it is set, not for ever."""
-    manifests = turn(store, *fresh(4))
+    turn(store, *fresh(4))
     make_old(store, "versions")
     retention = Retention(store, keep=1)
-    store.set_pin(Pin(version=2, at=manifests[0].created_at))
+    store.orders.set_pin(2)
     retention.prune()
-    store.clear_pin()
+    store.orders.clear_pin()
     assert retention.prune() == [2]
 
 
@@ -162,7 +161,7 @@ def test_weights_that_a_kept_version_names_stay(store: DirectoryStore, keeper: s
     same = Linear()
     if keeper == "pinned":
         kept, *_ = turn(store, same, *fresh(1), same, *fresh(2))
-        store.set_pin(Pin(version=1, at=kept.created_at))
+        store.orders.set_pin(1)
         make_old(store, "versions")
     else:
         *_, kept = turn(store, *fresh(1), same, *fresh(1), same)
@@ -172,7 +171,7 @@ def test_weights_that_a_kept_version_names_stay(store: DirectoryStore, keeper: s
     Retention(store, keep=1).prune()
     assert len(store.versions()) < kept.version + 2
     assert kept.version in whole(store)
-    store.tensors("weights", Blob(kept.weights.digest, kept.weights.size))
+    store.tensors("weights", kept.weights)
 
 
 def test_weights_go_with_the_last_version_that_names_them(store: DirectoryStore) -> None:
@@ -217,13 +216,13 @@ def test_what_is_not_recognised_is_never_deleted(store: DirectoryStore, name: st
 def test_old_orphans_are_cleaned(store: DirectoryStore, kind: str) -> None:
     """Tensor files whose publisher was killed before its commit go after an hour, and no others do."""
     turn(store, *fresh(2))
-    named = store.names(kind).keys()
+    named = store.files.entries(kind).keys()
     store.add_tensors("weights" if kind == "weights" else "probes", {"a": torch.randn(4)}, "blake3")
-    (orphan,) = store.names(kind).keys() - named
+    (orphan,) = store.files.entries(kind).keys() - named
     assert Retention(store).clean() == []
     make_old(store, "weights", "probes")
     assert Retention(store).clean() == [f"{kind}/{orphan}"]
-    assert store.names(kind).keys() == named
+    assert store.files.entries(kind).keys() == named
     assert whole(store) == [1, 2]
 
 
@@ -232,7 +231,7 @@ def test_a_publisher_cleans_orphans_when_it_starts(store: DirectoryStore) -> Non
     store.add_tensors("weights", {"a": torch.randn(4)}, "sha256")
     make_old(store, "weights")
     turn(store)
-    assert store.names("weights") == {}
+    assert store.files.entries("weights") == {}
 
 
 def _link(path: Path) -> None:
@@ -260,7 +259,7 @@ def test_no_orphan_is_cleaned_beside_a_manifest_that_cannot_be_read(store: Direc
     (store.root / manifest_key(3)).write_text("rubbish")
     make_old(store, "versions", "weights", "probes")
     assert Retention(store).clean() == []
-    assert len(store.names("weights")) == 3
+    assert len(store.files.entries("weights")) == 3
 
 
 def test_a_publisher_prunes_as_it_goes(store: DirectoryStore) -> None:
@@ -274,7 +273,7 @@ def test_a_publisher_prunes_as_it_goes(store: DirectoryStore) -> None:
             publisher.flush()
             make_old(store, "versions")
     assert whole(store)[-2:] == [4, 5]
-    assert len(store.names("weights")) <= 3
+    assert len(store.files.entries("weights")) <= 3
 
 
 def test_publishing_goes_on_when_pruning_fails(store: DirectoryStore, caplog: pytest.LogCaptureFixture) -> None:

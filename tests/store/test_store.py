@@ -17,14 +17,16 @@ from emaswap import (
     EmaswapError,
     Missing,
     NotAFile,
-    Pin,
     ReadOnly,
     Reason,
+    Store,
     StoreError,
     TooLarge,
     open_store,
 )
-from emaswap.store.versions import CURRENT, PIN, manifest_key
+from emaswap.store.directory import Directory
+from emaswap.store.files import Entry, read
+from emaswap.store.keys import CURRENT, PIN, manifest_key
 from tests.conftest import Publish
 from tests.disk import fill, small_disk
 from tests.programs import run
@@ -42,7 +44,7 @@ def age(path: Path, seconds: float) -> None:
 def commit(store: DirectoryStore, *versions: int) -> None:
     """Take numbers in the line, with manifests that nobody reads here."""
     for version in versions:
-        assert store.create(manifest_key(version), b"{}")
+        assert store.files.create(manifest_key(version), b"{}")
 
 
 def leftovers(store: DirectoryStore) -> list[str]:
@@ -62,9 +64,9 @@ def test_a_location_opens_the_directory_it_names(tmp_path: Path, prefix: str) ->
 
 
 def test_opening_touches_nothing(tmp_path: Path) -> None:
-    """A reader may open a store before there is one, and that does not make it."""
+    """A reader may open a store before there is one and ask where to watch it, and that does not make it."""
     opened = open_store(tmp_path / "models")
-    assert opened.watch_path is None
+    assert opened.watch_path == tmp_path / "models"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,8 +171,8 @@ def test_a_version_shows_although_current_and_the_listing_lag_behind(store: Dire
     """A look at the number after the newest listed one finds a commit whose publisher died before CURRENT."""
     commit(store, 1, 2)
     store.point_to(1)
-    listed = store.names("versions")
-    lagging = Lagging(store.root, listed)
+    listed = store.files.entries("versions")
+    lagging = Store(Lagging(store.root, listed))
     commit(store, 3, 4)
     assert lagging.versions() == [1, 2, 3, 4]
 
@@ -178,21 +180,21 @@ def test_a_version_shows_although_current_and_the_listing_lag_behind(store: Dire
 def test_current_leads_beyond_a_gap_that_a_lagging_listing_has(store: DirectoryStore) -> None:
     """A reader whose listing is stale follows CURRENT to a commit that is further on than the next number."""
     commit(store, 1)
-    lagging = Lagging(store.root, store.names("versions"))
+    lagging = Store(Lagging(store.root, store.files.entries("versions")))
     commit(store, 5, 6)
     store.point_to(5)
     assert lagging.newest() == 6
 
 
-class Lagging(DirectoryStore):
+class Lagging(Directory):
     """A directory whose listing is stale, as a network file system's may be."""
 
-    def __init__(self, root: Path, listed: dict[str, float]) -> None:
+    def __init__(self, root: Path, listed: dict[str, Entry]) -> None:
         super().__init__(root)
         self._listed = listed
 
-    def names(self, folder: str) -> dict[str, float]:
-        return self._listed if folder == "versions" else super().names(folder)
+    def entries(self, folder: str) -> dict[str, Entry]:
+        return self._listed if folder == "versions" else super().entries(folder)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def test_only_regular_files_are_read(store: DirectoryStore, key: str, kind: str)
     """A link, a folder or a FIFO in a file's place is refused at once: not followed, and not waited for."""
     put(kind, store.root / key)
     with pytest.raises(NotAFile, match=key):
-        store.read(key, 100)
+        read(store.files, key, 100)
 
 
 def test_a_folder_that_is_a_link_is_not_followed(store: DirectoryStore, tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_a_folder_that_is_a_link_is_not_followed(store: DirectoryStore, tmp_path
     (store.root / "versions").rmdir()
     (store.root / "versions").symlink_to(elsewhere)
     with pytest.raises(NotAFile, match=r"versions/00000001\.json"):
-        store.read("versions/00000001.json", 100)
+        read(store.files, "versions/00000001.json", 100)
 
 
 def test_the_store_itself_may_be_a_link(store: DirectoryStore, tmp_path: Path) -> None:
@@ -250,9 +252,9 @@ def test_a_file_that_is_not_there_is_missing(store: DirectoryStore) -> None:
 def test_a_file_is_read_up_to_its_limit_and_not_beyond(store: DirectoryStore) -> None:
     """A file of just the limit is read whole, and one byte more is too large."""
     (store.root / "note").write_bytes(b"x" * 100)
-    assert store.read("note", 100) == b"x" * 100
+    assert read(store.files, "note", 100) == b"x" * 100
     with pytest.raises(TooLarge, match="note"):
-        store.read("note", 99)
+        read(store.files, "note", 99)
 
 
 @pytest.mark.parametrize(
@@ -283,12 +285,12 @@ def test_the_stamps_of_a_version_change_with_any_of_its_files(store: DirectorySt
     assert len(before) == 3
     assert None not in before.values()
     for key in before:
-        data = store.read(key, 1 << 20)
-        store.replace(key, data)
+        data = read(store.files, key, 1 << 20)
+        store.files.replace(key, data)
         after = store.stamps(1)
         assert {name for name in before if before[name] != after[name]} == {key}
         before = after
-    store.delete(next(key for key in before if key.startswith("probes/")))
+    store.files.delete(next(key for key in before if key.startswith("probes/")))
     assert None in store.stamps(1).values()
 
 
@@ -297,16 +299,16 @@ def test_the_stamps_of_a_version_change_with_any_of_its_files(store: DirectorySt
 
 def test_creating_what_another_has_created_fails(store: DirectoryStore) -> None:
     """The second to create a file learns that it lost, and the first one's bytes stay."""
-    assert store.create(manifest_key(1), b"first")
-    assert not store.create(manifest_key(1), b"second")
-    assert not store.create(manifest_key(1), b"first and more")
-    assert store.read(manifest_key(1), 100) == b"first"
+    assert store.files.create(manifest_key(1), b"first")
+    assert not store.files.create(manifest_key(1), b"second")
+    assert not store.files.create(manifest_key(1), b"first and more")
+    assert read(store.files, manifest_key(1), 100) == b"first"
 
 
 def test_creating_again_with_the_same_bytes_succeeds(store: DirectoryStore) -> None:
     """Our own bytes under the name are our own success: an error over a network may have hidden it."""
-    assert store.create(manifest_key(1), b"mine")
-    assert store.create(manifest_key(1), b"mine")
+    assert store.files.create(manifest_key(1), b"mine")
+    assert store.files.create(manifest_key(1), b"mine")
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "fifo"])
@@ -314,9 +316,12 @@ def test_creating_again_with_the_same_bytes_succeeds(store: DirectoryStore) -> N
 def test_what_is_no_file_takes_a_number_too(store: DirectoryStore, kind: str) -> None:
     """A number under which a link, a folder or a FIFO lies is taken, and what lies there is left alone."""
     put(kind, store.root / manifest_key(1))
-    before = store.stamp(manifest_key(1))
-    assert not store.create(manifest_key(1), b"mine")
-    assert store.stamp(manifest_key(1)) == before
+    before = store.files.entry(manifest_key(1))
+    assert not store.files.create(manifest_key(1), b"mine")
+    after = store.files.entry(manifest_key(1))
+    assert before is not None
+    assert after is not None
+    assert after.stamp == before.stamp
 
 
 def test_of_many_threads_exactly_one_creates_a_file(store: DirectoryStore) -> None:
@@ -326,14 +331,14 @@ def test_of_many_threads_exactly_one_creates_a_file(store: DirectoryStore) -> No
 
     def race(key: str, racer: int) -> bool:
         barrier.wait(30)
-        return store.create(key, f"racer {racer}".encode())
+        return store.files.create(key, f"racer {racer}".encode())
 
     with ThreadPoolExecutor(racers) as pool:
         for version in range(1, 16):
             key = manifest_key(version)
             won = list(pool.map(race, [key] * racers, range(racers)))
             assert won.count(True) == 1
-            assert store.read(key, 100) == f"racer {won.index(True)}".encode()
+            assert read(store.files, key, 100) == f"racer {won.index(True)}".encode()
     assert leftovers(store) == []
 
 
@@ -341,12 +346,14 @@ _RACER = """
 import sys, time
 from pathlib import Path
 from emaswap import DirectoryStore
-from emaswap.store.versions import manifest_key
+from emaswap.store.directory import Directory
+from emaswap.store.files import Entry, read
+from emaswap.store.keys import manifest_key
 store, name = DirectoryStore(Path(sys.argv[1])), sys.argv[2]
 (store.root / f"ready-{name}").touch()
 while not (store.root / "go").exists():
     time.sleep(0.001)
-print(*[version for version in range(1, 101) if store.create(manifest_key(version), name.encode())])
+print(*[version for version in range(1, 101) if store.files.create(manifest_key(version), name.encode())])
 """
 
 
@@ -360,24 +367,24 @@ def test_of_several_processes_exactly_one_creates_a_file(store: DirectoryStore) 
         won = {name: [int(number) for number in racer.result().stdout.split()] for name, racer in racers.items()}
     assert sorted(number for numbers in won.values() for number in numbers) == list(range(1, 101))
     for name, numbers in won.items():
-        assert all(store.read(manifest_key(number), 100) == name.encode() for number in numbers)
+        assert all(read(store.files, manifest_key(number), 100) == name.encode() for number in numbers)
 
 
 def test_a_reader_never_sees_a_part_of_a_replaced_file(store: DirectoryStore) -> None:
     """A file that is replaced again and again is at every instant wholly the old one or wholly the new one."""
     written = [bytes([letter]) * size for letter, size in ((65, 10), (66, 200_000), (67, 3_000))]
-    store.replace(CURRENT, written[0])
+    store.files.replace(CURRENT, written[0])
     done = threading.Event()
     seen: set[bytes] = set()
 
-    def read() -> None:
+    def look() -> None:
         while not done.is_set():
-            seen.add(store.read(CURRENT, 1 << 20))
+            seen.add(read(store.files, CURRENT, 1 << 20))
 
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(read)
+        reading = pool.submit(look)
         for turn in range(150):
-            store.replace(CURRENT, written[turn % 3])
+            store.files.replace(CURRENT, written[turn % 3])
         done.set()
         reading.result()
     assert seen <= set(written)
@@ -386,7 +393,7 @@ def test_a_reader_never_sees_a_part_of_a_replaced_file(store: DirectoryStore) ->
 
 def test_deleting_what_is_not_there_is_no_error(store: DirectoryStore) -> None:
     """A file that somebody else has deleted already is deleted."""
-    store.delete(manifest_key(1))
+    store.files.delete(manifest_key(1))
 
 
 # -- tensor files --------------------------------------------------------------------------------------------------
@@ -406,14 +413,14 @@ def test_the_same_tensors_are_one_file(store: DirectoryStore) -> None:
     """Content that is there already is written to the same name."""
     blobs = {store.add_tensors("weights", {"a": torch.ones(3)}, "sha256") for _ in range(3)}
     assert len(blobs) == 1
-    assert len(store.names("weights")) == 1
+    assert len(store.files.entries("weights")) == 1
 
 
 def test_tensors_that_cannot_be_written_leave_nothing_behind(store: DirectoryStore) -> None:
     """A failure in the middle of writing leaves neither a tensor file nor an unfinished one."""
     with pytest.raises(EmaswapError, match="complex128"):
         store.add_tensors("weights", {"a": torch.ones(3, dtype=torch.complex128)}, "blake3")
-    assert store.names("weights") == {}
+    assert store.files.entries("weights") == {}
     assert leftovers(store) == []
 
 
@@ -468,7 +475,7 @@ def test_a_full_disk_is_an_error_that_says_so(cramped: DirectoryStore) -> None:
     with pytest.raises(StoreError, match=problem):
         cramped.add_tensors("weights", {"a": torch.ones(10_000)}, "blake3")
     with pytest.raises(StoreError, match=problem):
-        cramped.create(manifest_key(1), b"x" * 10_000)
+        cramped.files.create(manifest_key(1), b"x" * 10_000)
     with pytest.raises(StoreError, match=problem):
         cramped.point_to(1)
 
@@ -480,14 +487,14 @@ def test_a_full_disk_leaves_nothing_half_written(cramped: DirectoryStore) -> Non
     fill(cramped.root)
     for write in (
         lambda: cramped.add_tensors("weights", {"a": torch.ones(10_000)}, "blake3"),
-        lambda: cramped.create(manifest_key(2), b"x" * 10_000),
+        lambda: cramped.files.create(manifest_key(2), b"x" * 10_000),
         lambda: cramped.point_to(2),
     ):
         with pytest.raises(StoreError):
             write()
     assert cramped.versions() == [1]
     assert cramped.hint() == 1
-    assert cramped.names("weights") == {}
+    assert cramped.files.entries("weights") == {}
     assert leftovers(cramped) == []
 
 
@@ -495,7 +502,7 @@ def test_a_store_works_again_once_there_is_space(cramped: DirectoryStore) -> Non
     """A disk that was full and has room again needs nothing else."""
     filler = fill(cramped.root)
     with pytest.raises(StoreError):
-        cramped.create(manifest_key(1), b"{}")
+        cramped.files.create(manifest_key(1), b"{}")
     filler.unlink()
     blob = cramped.add_tensors("weights", {"a": torch.ones(10_000)}, "blake3")
     commit(cramped, 1)
@@ -506,18 +513,18 @@ def test_a_store_works_again_once_there_is_space(cramped: DirectoryStore) -> Non
 def test_a_store_that_may_not_be_written_can_be_read(cramped: DirectoryStore) -> None:
     """On a file system mounted read-only, reading works and every way of writing raises ReadOnly."""
     commit(cramped, 1)
-    cramped.set_pin(Pin(version=1, at=datetime.now(UTC)))
+    cramped.orders.set_pin(1)
     subprocess.run(["mount", "-o", "remount,ro", str(cramped.root)], check=True)
     assert not cramped.is_writable()
     assert cramped.versions() == [1]
-    assert cramped.pin() is not None
+    assert cramped.orders.pin() is not None
     for write in (
         lambda: cramped.add_tensors("weights", {"a": torch.ones(1)}, "blake3"),
-        lambda: cramped.create(manifest_key(2), b"{}"),
+        lambda: cramped.files.create(manifest_key(2), b"{}"),
         lambda: cramped.point_to(1),
-        lambda: cramped.delete(manifest_key(1)),
-        lambda: cramped.set_pin(Pin(version=1, at=datetime.now(UTC))),
-        cramped.clear_pin,
+        lambda: cramped.files.delete(manifest_key(1)),
+        lambda: cramped.orders.set_pin(1),
+        cramped.orders.clear_pin,
     ):
         with pytest.raises(ReadOnly, match=cramped.location):
             write()
@@ -529,17 +536,17 @@ def test_a_store_that_may_not_be_written_can_be_read(cramped: DirectoryStore) ->
 def test_a_pin_is_kept_as_it_was_set(store: DirectoryStore) -> None:
     """A pin's version, reason and time are found by whoever opens the store."""
     commit(store, 1, 2)
-    pin = Pin(version=1, reason="version 2 is worse on Sundays", at=datetime.now(UTC))
-    store.set_pin(pin)
-    assert DirectoryStore(store.root).pin() == pin
+    pin = store.orders.set_pin(1, "version 2 is worse on Sundays")
+    assert (pin.version, pin.reason) == (1, "version 2 is worse on Sundays")
+    assert DirectoryStore(store.root).orders.pin() == pin
 
 
 def test_a_pin_is_replaced_by_the_next(store: DirectoryStore) -> None:
     """There is one pin at a time, the last that was set."""
     commit(store, 1, 2)
     for version in (1, 2):
-        store.set_pin(Pin(version=version, at=datetime.now(UTC)))
-    pin = store.pin()
+        store.orders.set_pin(version)
+    pin = store.orders.pin()
     assert pin is not None
     assert pin.version == 2
 
@@ -547,10 +554,10 @@ def test_a_pin_is_replaced_by_the_next(store: DirectoryStore) -> None:
 def test_a_cleared_pin_is_gone(store: DirectoryStore) -> None:
     """After clearing there is no pin, and clearing again is no error."""
     commit(store, 1)
-    store.set_pin(Pin(version=1, at=datetime.now(UTC)))
-    store.clear_pin()
-    store.clear_pin()
-    assert store.pin() is None
+    store.orders.set_pin(1)
+    store.orders.clear_pin()
+    store.orders.clear_pin()
+    assert store.orders.pin() is None
 
 
 @pytest.mark.parametrize(
@@ -564,8 +571,8 @@ def test_only_versions_that_are_there_can_be_pinned(
     """Pinning an unknown version is refused with what the store has, and leaves no pin."""
     commit(store, *committed)
     with pytest.raises(Missing, match=f"version 9 is not in .* it has {has}"):
-        store.set_pin(Pin(version=9, at=datetime.now(UTC)))
-    assert store.pin() is None
+        store.orders.set_pin(9)
+    assert store.orders.pin() is None
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"rubbish", b"{}", b'{"version": 0, "at": "2025-01-01T00:00:00Z"}'])
@@ -573,6 +580,6 @@ def test_a_pin_that_cannot_be_understood_is_an_error(store: DirectoryStore, rubb
     """Rubbish in PIN is neither a pin nor none: it raises, with the way out, and unpinning is one."""
     (store.root / PIN).write_bytes(rubbish)
     with pytest.raises(StoreError, match="pin again or unpin"):
-        store.pin()
-    store.clear_pin()
-    assert store.pin() is None
+        store.orders.pin()
+    store.orders.clear_pin()
+    assert store.orders.pin() is None

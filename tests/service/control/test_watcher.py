@@ -15,7 +15,7 @@ import structlog
 import torch
 
 from emaswap import Architecture, DirectoryStore, Manifest, Publisher
-from emaswap.store.versions import manifest_key, tensors_key
+from emaswap.store.keys import manifest_key, tensors_key
 from tests.conftest import Publish
 from tests.models import Linear
 from tests.serving import ADMIN, Served, serve, wait_for
@@ -28,7 +28,7 @@ FAST = {"poll_s": 0.05}
 def commit(store: DirectoryStore, manifest: Manifest, **changes: Any) -> Manifest:
     """Commit a manifest like another one, and tell nobody."""
     changed = manifest.model_copy(update=changes)
-    assert store.create(manifest_key(changed.version), changed.encode())
+    assert store.files.create(manifest_key(changed.version), changed.encode())
     return changed
 
 
@@ -285,7 +285,7 @@ def test_a_repaired_version_is_tried_again(store: DirectoryStore, tmp_path: Path
     right = flip_a_bit(path)
     with serve(store=str(store.root), **FAST) as served:
         served.wait_until_rejected(2)
-        assert_answers_with(served, 1)
+        served.wait_until_live(1)
         (tmp_path / "right").write_bytes(right)
         (tmp_path / "right").replace(path)
         served.wait_until_live(2)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from emaswap import DirectoryStore, EmaswapError, Manifest
-from emaswap.store.versions import manifest_key
+from emaswap.store.keys import manifest_key
 from service.settings import ServiceSettings
 from service.web.app import create_app
 from tests.conftest import Publish
@@ -57,7 +57,7 @@ def assert_refused(answer: httpx.Response, status: int, code: str) -> str:
 def commit(store: DirectoryStore, manifest: Manifest, **changes: Any) -> Manifest:
     """Commit a manifest like another one, and tell nobody."""
     changed = manifest.model_copy(update=changes)
-    assert store.create(manifest_key(changed.version), changed.encode())
+    assert store.files.create(manifest_key(changed.version), changed.encode())
     return changed
 
 
@@ -228,7 +228,7 @@ def test_a_pin_is_kept_in_the_store(served: Served, store: DirectoryStore, publi
     for _ in range(2):
         served.wait_until_live(publish().version)
     pin(served, 1, reason="known to be good")
-    kept = store.pin()
+    kept = store.orders.pin()
     assert kept is not None
     assert (kept.version, kept.reason) == (1, "known to be good")
     with serve(store=str(store.root)) as another:
@@ -333,7 +333,7 @@ def test_a_rejected_version_that_was_repaired_can_be_pinned(
     third = commit(store, first, version=3)
     served.wait_until_live(third.version)
     repaired = second.model_copy(update={"weights": first.weights})
-    store.replace(manifest_key(2), repaired.encode())
+    store.files.replace(manifest_key(2), repaired.encode())
     answer = pin(served, 2)
     assert answer.status_code == 200, answer.text
     assert answer.json()["live"] == 2

@@ -1,0 +1,57 @@
+"""What operators say: that one version is the one to serve. It is kept in the store, so it holds for the whole fleet."""
+
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from emaswap.errors import Missing, NotAFile, StoreError, TooLarge, Unreadable
+from emaswap.files.digest import digest_of
+from emaswap.store.files import Files, read
+from emaswap.store.keys import MAX_NOTE_BYTES, PIN, manifest_key
+from emaswap.store.look import seen
+from emaswap.versions.manifest import MAX_MANIFEST_BYTES, Pin
+
+
+class Orders:
+    """The orders in one store. An order that cannot be read is an error, never none: an operator has said something."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    def pin(self) -> Pin | None:
+        """Return the pin, if there is one. Raises `StoreError` when it cannot be understood."""
+        try:
+            return Pin.model_validate_json(read(self._files, PIN, MAX_NOTE_BYTES))
+        except Missing:
+            self._files.is_writable()  # raises when it is the store that is not there
+            return None
+        except (ValidationError, NotAFile, TooLarge) as error:
+            raise StoreError(
+                f"PIN in {self._files.location} cannot be understood; pin again or unpin: {error}"
+            ) from None
+
+    def set_pin(self, version: int, reason: str = "") -> Pin:
+        """Pin a version as it is in the store now, and return the pin.
+
+        Raises `Missing` when the version is not in the store, `ReadOnly` where this process may not write.
+        """
+        try:
+            digest = digest_of(read(self._files, manifest_key(version), MAX_MANIFEST_BYTES))
+        except Missing:
+            there = _ranges([each.version for each in seen(self._files)])
+            raise Missing(f"version {version} is not in {self._files.location}: it has {there}") from None
+        except (NotAFile, TooLarge, Unreadable):
+            digest = None  # an operator may pin what cannot be read yet
+        pin = Pin(version=version, digest=digest, reason=reason, at=datetime.now(UTC))
+        self._files.replace(PIN, pin.model_dump_json().encode())
+        return pin
+
+    def clear_pin(self) -> None:
+        """Remove the pin. Raises `ReadOnly` where this process may not write."""
+        self._files.delete(PIN)
+
+
+def _ranges(versions: list[int]) -> str:
+    if not versions:
+        return "no version yet"
+    return f"{len(versions)} versions from {versions[0]} to {versions[-1]}"
