@@ -3,17 +3,17 @@
 It makes room where the disk is full, and begins a new line where the store was deleted.
 """
 
-import errno
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from emaswap.errors import BadVersion, EmaswapError, Fenced, Missing, StoreError
+from emaswap.errors import EmaswapError, Fenced, Missing, Short
 from emaswap.files.digest import Algorithm
 from emaswap.publishing.edition import Edition, Editor, Part
 from emaswap.publishing.snapshot import PrivateCopy
 from emaswap.store import Store
 from emaswap.store.line import Term
+from emaswap.store.look import in_line
 from emaswap.store.retention import Retention
 from emaswap.versions.manifest import Manifest, ProbeInfo, Variant, WeightsInfo
 
@@ -44,7 +44,7 @@ class Writer:
         whatever the editor raises.
         """
         edition = self._editor.edit(copied)
-        if self._is_gone():
+        if self._term.version and not self.store.has(self._term.version):
             self._begin_anew()
         try:
             manifest = self._with_room(lambda: self._commit(edition))
@@ -72,9 +72,7 @@ class Writer:
         """Do something that writes. Where the disk is full, prune what retention allows, and try once more."""
         try:
             return work()
-        except StoreError as error:
-            if not _is_full(error):
-                raise
+        except Short as error:
             log.warning("%s; deleting versions that need not be kept", error)
             self._prune()
             return work()
@@ -84,13 +82,6 @@ class Writer:
             self._retention.prune()
         except EmaswapError as error:
             log.warning("old versions were not pruned: %s", error)
-
-    def _is_gone(self) -> bool:
-        """Return whether the last version that is known is not in the store any more."""
-        try:
-            return self._term.version > 0 and self._term.version not in self.store.versions()
-        except Missing:
-            return True
 
     def _begin_anew(self) -> None:
         """Take a term of the store as it is now: it was deleted, or restored from a backup.
@@ -114,18 +105,5 @@ class Writer:
         self._term = term
 
     def _newest(self) -> Manifest | None:
-        for version in reversed(self.store.versions()):
-            try:
-                return self.store.manifest(version)
-            except (BadVersion, Missing):
-                continue
-        return None
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Return whether a file system had no room, or its owner no more of it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False
+        numbers = in_line(tuple(self.store.versions()))
+        return next(filter(None, map(self.store.readable, reversed(numbers))), None)
