@@ -27,6 +27,7 @@ from emaswap import (
 )
 from emaswap.publishing.rehearsal import rehearse
 from tests.models import Linear, Tokens
+from tests.serving import serve
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 HERE = "tests.publishing.test_rehearsal"
@@ -374,8 +375,14 @@ def test_named_inputs_are_served_as_the_parameters_of_their_names(store: Directo
     with Publisher(store, name="test", architecture=Architecture.of(Encoder), probe=inputs) as publisher:
         publisher.publish(module)
     loaded = load(store, trusted=f"{HERE}:Encoder")
-    served = store.manifest(1).signature.run(loaded, inputs)["logits"]
-    assert torch.equal(served, module(**inputs)["logits"])
+    answers = store.manifest(1).signature.run(loaded, inputs)["logits"]
+    assert torch.equal(answers, module(**inputs)["logits"])
+    with serve(store=str(store.root), trust=(f"{HERE}:Encoder",)) as served:
+        served.wait_until_live(1)
+        # In another order than forward has them.
+        names = ("token_type_ids", "input_ids")
+        served_answers = served.predict({name: inputs[name].tolist() for name in names}).json()["outputs"]
+    torch.testing.assert_close(torch.tensor(served_answers), answers, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
