@@ -1,6 +1,6 @@
-"""The writer: puts editions into a store, files first and then the commit, and prunes what need not be kept.
+"""The writer: stores editions, files first and then the commit, and prunes old versions.
 
-It makes room where the disk is full, and begins a new line where the store was deleted.
+It makes room when the disk is full, and begins a new line when the store was deleted.
 """
 
 import logging
@@ -69,11 +69,11 @@ class Writer:
         )
 
     def _with_room(self, work: Callable[[], Result]) -> Result:
-        """Do something that writes. Where the disk is full, prune what retention allows, and try once more."""
+        """Run work that writes. If the disk is full, prune what retention allows and try once more."""
         try:
             return work()
         except Short as error:
-            log.warning("%s; deleting versions that need not be kept", error)
+            log.warning("%s; pruning old versions, then trying again", error)
             self._prune()
             return work()
 
@@ -86,18 +86,18 @@ class Writer:
     def _begin_anew(self) -> None:
         """Take a term of the store as it is now: it was deleted, or restored from a backup.
 
-        Raises `Fenced` when another publisher has published there meanwhile.
+        Raises `Fenced` when another publisher has published there in the meantime.
         """
         term = Term(self.store, self._name)
         newest = self._newest()
         if newest is not None and newest.run != self._term.run and newest.term >= self._term.term:
             raise Fenced(
                 f"{self.store.location} was started anew: run {newest.run} (term {newest.term}) published version "
-                f"{newest.version} there, and nothing is left of run {self._term.run} (term {self._term.term}); "
-                "stop this publisher, or the other"
+                f"{newest.version} there, where run {self._term.run} (term {self._term.term}) was publishing; stop this "
+                "publisher, or the other"
             )
         log.warning(
-            "nothing is left of version %d in %s: going on with version %d",
+            "version %d is not in %s any more, which was deleted or restored: continuing with version %d",
             self._term.version,
             self.store.location,
             term.version + 1,

@@ -115,13 +115,13 @@ def publisher_of(store: DirectoryStore, what: str, **options: Any) -> Publisher:
 @pytest.mark.parametrize(
     ("what", "problem"),
     [
-        ("dropout in forward", "differently each time.*draws random numbers: let dropout depend on self.training"),
+        ("dropout in forward", "differently each time.*draws random numbers: make dropout depend on self.training"),
         ("noise", "differently each time.*draws random numbers"),
         ("a sample", "differently each time.*sample outside of forward"),
         ("Python's random numbers", "differently each time"),
         ("numpy's random numbers", "differently each time"),
         ("the time", "differently each time.*depends on the time"),
-        ("the calls so far", "differently each time.*keeps something between calls"),
+        ("the calls so far", "differently each time.*keeps state between calls"),
         ("a counter", "changes steps in eval mode.*only `if self.training`"),
         ("a new counter", "changes steps in eval mode"),
         ("its weights", r"changes layer\.weight in eval mode"),
@@ -132,8 +132,8 @@ def publisher_of(store: DirectoryStore, what: str, **options: Any) -> Publisher:
         ("no numbers", "rows without numbers"),
         ("one number", r"shape \(\): expected 4 rows"),
         ("columns", r"shape \(2, 4\): expected 4 rows"),
-        ("four rows alone", "4 rows run, 1 do not .*any number of rows"),
-        ("as many columns as rows", r"4 rows run, 1 do not .*expected 1 rows, each float32 of shape \(4\)"),
+        ("four rows alone", "runs 4 rows but not 1 .*any number of rows"),
+        ("as many columns as rows", r"runs 4 rows but not 1 .*expected 1 rows, each float32 of shape \(4\)"),
         ("a cache beside it", "'past_key_values' is a Cache.*Give a Signature that names the outputs"),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_model_that_could_never_be_published_is_refused_at_once(
     store: DirectoryStore, what: str, problem: str
 ) -> None:
     """The constructor says what is wrong and what to do, names the factory, and leaves no trace in the store."""
-    with pytest.raises(PublishError, match=f"{HERE}:Doing builds cannot be proven by this probe: .*{problem}"):
+    with pytest.raises(PublishError, match=f"{HERE}:Doing builds cannot be published with this probe: .*{problem}"):
         publisher_of(store, what)
     assert store.versions() == []
     assert store.files.entries("weights") == {}
@@ -165,9 +165,9 @@ class Exotic(Linear):
             {"architecture": f"{HERE}:Exotic"},
             "'phase' has dtype torch.complex128, which a safetensors file cannot hold",
         ),
-        ({"name": ""}, "name is a text of 1 to 200 characters"),
-        ({"name": "x" * 201}, "name is a text of 1 to 200 characters"),
-        ({"name": Linear()}, "name is a text of 1 to 200 characters"),
+        ({"name": ""}, "name must be a string of 1 to 200 characters"),
+        ({"name": "x" * 201}, "name must be a string of 1 to 200 characters"),
+        ({"name": Linear()}, "name must be a string of 1 to 200 characters"),
         ({"dtype": torch.int8}, "dtype=torch.int8: weights are stored in one of torch.float64"),
         ({"dtype": torch.float8_e4m3fn}, "dtype=torch.float8_e4m3fn: weights are stored in one of"),
         ({"dtype": "bfloat16"}, "dtype=bfloat16: weights are stored in one of"),
@@ -301,16 +301,20 @@ TOKENS = torch.arange(12).view(4, 3)
         (f"{HERE}:Encoder", {"input_ids": TOKENS, "token_type_idz": TOKENS}, "no parameter for 'token_type_idz'"),
         (f"{HERE}:Encoder", {"text": TOKENS}, "no parameter for 'text'"),
         ("tests.models:Linear", torch.ones(0, 3), "no rows, which proves nothing"),
-        ("tests.models:Linear", torch.tensor(1.0), "a single number: give rows"),
+        ("tests.models:Linear", torch.tensor(1.0), "a single number: expected rows"),
         ("tests.models:Linear", [ROWS[0], ROWS[1]], "a list of tensors: give one tensor, rows first"),
         ("tests.models:Linear", (ROWS, ROWS), "a tuple of tensors: .*several inputs by name"),
-        ("tests.models:Linear", [[1.0, 2.0], [3.0]], "a list that makes no tensor"),
-        ("tests.models:Linear", "text", "a str that makes no tensor"),
-        ("tests.models:Linear", None, "a NoneType that makes no tensor"),
-        ("tests.models:Linear", ROWS.to_sparse(), "no plain tensor"),
-        ("tests.models:Linear", ROWS.to("meta"), "no plain tensor"),
+        ("tests.models:Linear", [[1.0, 2.0], [3.0]], "a list that cannot be made into a tensor"),
+        ("tests.models:Linear", "text", "a str that cannot be made into a tensor"),
+        ("tests.models:Linear", None, "a NoneType that cannot be made into a tensor"),
+        ("tests.models:Linear", ROWS.to_sparse(), "is not a plain tensor"),
+        ("tests.models:Linear", ROWS.to("meta"), "is not a plain tensor"),
         ("tests.models:Linear", {}, "got no inputs"),
-        ("tests.models:Tokens", {"tokens": TOKENS, "bias": torch.ones(3)}, "as many rows.*'tokens': 4, 'bias': 3"),
+        (
+            "tests.models:Tokens",
+            {"tokens": TOKENS, "bias": torch.ones(3)},
+            "same number of rows.*'tokens': 4, 'bias': 3",
+        ),
         ("tests.models:Linear", ROWS.to(torch.complex64), "complex64|ComplexFloat"),
     ],
 )
