@@ -25,8 +25,8 @@ from emaswap.publishing.rehearsal import rehearse
 from emaswap.publishing.snapshot import Tray, state_dtypes
 from emaswap.publishing.writer import Writer
 from emaswap.store import Store, open_store
-from emaswap.versions.architecture import Architecture
-from emaswap.versions.manifest import EmaInfo, Manifest, TrainingInfo
+from emaswap.versions.architecture import Architecture, to_architecture
+from emaswap.versions.manifest import MAX_NAME, EmaInfo, Manifest, TrainingInfo
 from emaswap.versions.probe import Rows
 from emaswap.versions.signature import Signature
 
@@ -89,7 +89,9 @@ class Publisher:
             PublishError: the store holds another model, or what the factory builds could never be published: it cannot
                 be built, the probe does not run, or its outputs cannot be served or proven.
         """
-        architecture = Architecture(factory=architecture) if isinstance(architecture, str) else architecture
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME:
+            raise PublishError(f"name must be a string of 1 to {MAX_NAME} characters, got {name!r}")
+        architecture = to_architecture(architecture)
         rehearsal = rehearse(architecture, probe, signature=signature, dtype=dtype)
         self.published = 0
         self.failed = 0
@@ -129,7 +131,7 @@ class Publisher:
             ema: the average (or a plain module) to publish; its variants become the version's.
             step: the optimizer step that training is at.
             metrics: figures to keep with the version, such as raw and EMA accuracy.
-            averaged: how a plain module was averaged by another library; a `ModelEMA` says that itself.
+            averaged: how another library averaged a plain module; a `ModelEMA` describes itself.
 
         Raises:
             ValueError: `averaged` was given with a `ModelEMA`.
@@ -138,7 +140,7 @@ class Publisher:
                 this call are being published all the same.
         """
         if averaged is not None and isinstance(ema, ModelEMA):
-            raise ValueError("a ModelEMA says itself how it was averaged: leave out averaged=")
+            raise ValueError("a ModelEMA describes its own average: leave out averaged=")
         if isinstance(self.error, Fenced):
             raise self.error
         try:

@@ -1,8 +1,9 @@
-"""The rehearsal: the probe is run through the factory's module when a publisher is made.
+"""The rehearsal: run the probe through the factory's module when a publisher is made.
 
-What could never be published or served shows here, with what to do, and not in the middle of training.
+It finds what could never be published or served, and says what to do, before training has begun.
 """
 
+import io
 import logging
 import random
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, EmaswapError, PublishError
+from emaswap.files import tensor_file
 from emaswap.tensors import named_tensors
 from emaswap.versions.architecture import Architecture, build, widen
 from emaswap.versions.probe import Rows, to_inputs, tolerances
@@ -21,15 +23,16 @@ from emaswap.versions.signature import Inputs, Signature
 
 log = logging.getLogger(__name__)
 
-# How far answers may differ for numerical reasons, of the largest of them.
+_WIDE, _NARROW = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
+# How far answers may differ for numerical reasons, as a fraction of the largest.
 _OTHER_ROWS = 0.05
-# A model that samples may draw the same sample now and then.
+# A model that samples may draw the same sample twice.
 _DRAWS = 5
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the factory builds, in eval mode on the CPU, and inputs and signature that it has been run with."""
+    """The module that the factory builds, in eval mode on the CPU, with the inputs and signature it was run with."""
 
     module: nn.Module
     signature: Signature
@@ -45,47 +48,50 @@ def rehearse(
 ) -> Rehearsal:
     """Run the probe through the factory's module as every service will, several times.
 
-    Random numbers are drawn from a state that is put back, so that training goes on as it would have.
+    The random state is restored afterwards, so that training is not affected.
 
     Args:
         architecture: the factory and its arguments.
-        probe: what a user gives as probe inputs.
+        probe: the probe inputs as the user gives them.
         signature: of the module; by default what the probe shows.
         dtype: what a module in half precision is widened to, if it is wider.
 
     Raises `PublishError` when it fails, or when the answers are not a function of weights and inputs.
     """
-    # Neither inference mode nor autocast are on where versions are proven and served.
+    # Versions are proven and served without inference mode and autocast.
     with _own_random_numbers(), torch.inference_mode(mode=False), torch.autocast("cpu", enabled=False):
         module = _built(architecture, dtype)
         try:
             signature, inputs = _first_run(module, to_inputs(probe), signature)
-            _run_again(module, signature, inputs)
-            _run_other_rows(module, signature, inputs)
+            answers = _run_again(module, signature, inputs)
+            _run_other_rows(module, signature, inputs, answers)
         except Exception as error:  # forward is somebody else's code and may raise anything
             message = str(error) if isinstance(error, EmaswapError) else f"{type(error).__name__}: {error}"
             raise PublishError(
-                f"what {architecture.factory} builds cannot be proven by this probe: {message}"
+                f"the module that {architecture.factory} builds cannot be published with this probe: {message}"
             ) from error
     return Rehearsal(module, signature, inputs)
 
 
 def _built(architecture: Architecture, dtype: torch.dtype | None) -> nn.Module:
+    if dtype is not None and dtype not in (*_WIDE, *_NARROW):
+        raise PublishError(f"dtype={dtype}: weights are stored in one of {', '.join(map(str, (*_WIDE, *_NARROW)))}")
     factory = architecture.factory
     if factory.startswith("__main__:"):
         raise PublishError(f"no service can import {factory}: move the class into a module of its own")
     try:
         module = build(architecture, trusted=[factory]).cpu()
-        if dtype is not None and dtype.itemsize > 2:
+        if dtype in _WIDE:
             widen(module, dtype)
-        named_tensors(module)
+        # Nothing is stored; this says whether it could be.
+        tensor_file.write(io.BytesIO(), {name: tensor.new_empty(0) for name, tensor in named_tensors(module).items()})
     except BadVersion as error:
-        raise PublishError(f"no service could build what is published: {error.detail}") from error
+        raise PublishError(f"no service could build the published module: {error.detail}") from error
     return module
 
 
 def _first_run(module: nn.Module, inputs: Inputs, signature: Signature | None) -> tuple[Signature, dict[str, Tensor]]:
-    """Find out dtypes and signature: those given, or with floating-point inputs in the dtype of the weights."""
+    """Return the signature and the inputs; floating-point inputs that do not run are converted to the weights' dtype."""
     if signature is not None:
         named = signature.name_inputs(_as_declared(inputs, signature))
         signature.check_dtypes(signature.run(module, _copies(named)))
@@ -123,13 +129,13 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype) if rows.is_floating_point() and dtype.is_floating_point else rows
 
 
-def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> None:
-    """Run the probe again and again: it must change nothing, and be answered as before."""
+def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run the probe several times and return the answers. They must be the same, and no state may change."""
     bound = signature.bind(module)
     rtol, atol = tolerances(named_tensors(module), torch.device("cpu"))
-    state, random_state = _state(module), torch.get_rng_state()
+    state, random_state = _state(module), _random_state()
     first = bound(_copies(inputs))
-    draws = not torch.equal(random_state, torch.get_rng_state())
+    draws = random_state != _random_state()
     for _ in range(_DRAWS if draws else 1):
         again = bound(_copies(inputs))
         if changed := [name for name, tensor in _state(module).items() if not _is_same(state.get(name), tensor)]:
@@ -139,24 +145,25 @@ def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor
             )
         if other := [name for name in first if not _is_close(first[name], again[name], rtol, atol)]:
             why = (
-                "forward draws random numbers: let dropout depend on self.training, and sample outside of forward"
+                "forward draws random numbers: make dropout depend on self.training, and sample outside of forward"
                 if draws
-                else "forward keeps something between calls, or depends on the time: let it depend on its inputs alone"
+                else "forward keeps state between calls or depends on the time: make it depend on its inputs alone"
             )
             raise PublishError(f"the same probe is answered differently each time (output {other[0]!r}): {why}")
+    return first
 
 
-def _run_other_rows(module: nn.Module, signature: Signature, inputs: dict[str, Tensor]) -> None:
-    """Run another number of rows: a service runs as many together as have arrived."""
-    bound = signature.bind(module)
+def _run_other_rows(
+    module: nn.Module, signature: Signature, inputs: dict[str, Tensor], together: dict[str, Tensor]
+) -> None:
+    """Run another number of rows: a service batches as many as have arrived."""
     rows = len(next(iter(inputs.values())))
     others = {name: batch[:1] if rows > 1 else torch.cat([batch, batch]) for name, batch in inputs.items()}
-    together = bound(_copies(inputs))
     try:
-        alone = bound(_copies(others))
+        alone = signature.run(module, _copies(others))
     except Exception as error:  # forward is somebody else's code and may raise anything
         raise PublishError(
-            f"{rows} rows run, {len(next(iter(others.values())))} do not ({error}): let forward take any number of rows"
+            f"forward runs {rows} rows but not {len(next(iter(others.values())))} ({error}): make it take any number of rows"
         ) from error
     for name, answers in together.items():
         first, again = answers[:1].double(), alone[name][:1].double()
@@ -164,15 +171,15 @@ def _run_other_rows(module: nn.Module, signature: Signature, inputs: dict[str, T
             difference = (first - again).abs().max()
             if difference > _OTHER_ROWS * answers.double().abs().max():
                 log.warning(
-                    "output %r of a row differs by %.3g when the row is alone: answers that depend on other rows of a "
-                    "batch depend on other requests, too",
+                    "output %r of a row differs by %.3g when the row runs alone: a service runs rows of several requests "
+                    "together, so answers would depend on other requests",
                     name,
                     difference.item(),
                 )
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of a module's buffers, the non-persistent ones, too; and its parameters' identities and versions."""
+    """Return copies of a module's buffers, persistent or not, and the identities and versions of its parameters."""
     versions = {
         name: torch.tensor([id(parameter), parameter._version]) for name, parameter in module.named_parameters()
     }
@@ -197,9 +204,14 @@ def _copies(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: rows.clone() for name, rows in inputs.items()}
 
 
+def _random_state() -> tuple[object, ...]:
+    """Return the random state of Python, NumPy and torch."""
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().numpy().tobytes()  # noqa: NPY002
+
+
 @contextmanager
 def _own_random_numbers() -> Iterator[None]:
-    """Put the random state of Python, numpy and torch back at the end."""
+    """Restore the random state of Python, NumPy and torch at the end."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:

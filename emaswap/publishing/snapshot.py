@@ -1,4 +1,4 @@
-"""A snapshot: the publisher's private copy of an average on the CPU, taken without holding up training.
+"""The private copy of an average that is published: on the CPU, and taken without holding up training.
 
 From a CUDA device, the weights are copied on the device first, in the order of the stream that trains, and from there to
 pinned memory on a stream of their own. Only the publisher's thread waits for them, in `PrivateCopy.wait`.

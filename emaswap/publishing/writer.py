@@ -1,19 +1,19 @@
-"""The writer: puts editions into a store, files first and then the commit, and prunes what need not be kept.
+"""The writer: stores editions, files first and then the commit, and prunes old versions.
 
-It makes room where the disk is full, and begins a new line where the store was deleted.
+It makes room when the disk is full, and begins a new line when the store was deleted.
 """
 
-import errno
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from emaswap.errors import BadVersion, EmaswapError, Fenced, Missing, StoreError
+from emaswap.errors import EmaswapError, Fenced, Missing, Short
 from emaswap.files.digest import Algorithm
 from emaswap.publishing.edition import Edition, Editor, Part
 from emaswap.publishing.snapshot import PrivateCopy
 from emaswap.store import Store
 from emaswap.store.line import Term
+from emaswap.store.look import in_line
 from emaswap.store.retention import Retention
 from emaswap.versions.manifest import Manifest, ProbeInfo, Variant, WeightsInfo
 
@@ -44,7 +44,7 @@ class Writer:
         whatever the editor raises.
         """
         edition = self._editor.edit(copied)
-        if self._is_gone():
+        if self._term.version and not self.store.has(self._term.version):
             self._begin_anew()
         try:
             manifest = self._with_room(lambda: self._commit(edition))
@@ -69,13 +69,11 @@ class Writer:
         )
 
     def _with_room(self, work: Callable[[], Result]) -> Result:
-        """Do something that writes. Where the disk is full, prune what retention allows, and try once more."""
+        """Run work that writes. If the disk is full, prune what retention allows and try once more."""
         try:
             return work()
-        except StoreError as error:
-            if not _is_full(error):
-                raise
-            log.warning("%s; deleting versions that need not be kept", error)
+        except Short as error:
+            log.warning("%s; pruning old versions, then trying again", error)
             self._prune()
             return work()
 
@@ -85,28 +83,21 @@ class Writer:
         except EmaswapError as error:
             log.warning("old versions were not pruned: %s", error)
 
-    def _is_gone(self) -> bool:
-        """Return whether the last version that is known is not in the store any more."""
-        try:
-            return self._term.version > 0 and self._term.version not in self.store.versions()
-        except Missing:
-            return True
-
     def _begin_anew(self) -> None:
         """Take a term of the store as it is now: it was deleted, or restored from a backup.
 
-        Raises `Fenced` when another publisher has published there meanwhile.
+        Raises `Fenced` when another publisher has published there in the meantime.
         """
         term = Term(self.store, self._name)
         newest = self._newest()
         if newest is not None and newest.run != self._term.run and newest.term >= self._term.term:
             raise Fenced(
                 f"{self.store.location} was started anew: run {newest.run} (term {newest.term}) published version "
-                f"{newest.version} there, and nothing is left of run {self._term.run} (term {self._term.term}); "
-                "stop this publisher, or the other"
+                f"{newest.version} there, where run {self._term.run} (term {self._term.term}) was publishing; stop this "
+                "publisher, or the other"
             )
         log.warning(
-            "nothing is left of version %d in %s: going on with version %d",
+            "version %d is not in %s any more, which was deleted or restored: continuing with version %d",
             self._term.version,
             self.store.location,
             term.version + 1,
@@ -114,18 +105,5 @@ class Writer:
         self._term = term
 
     def _newest(self) -> Manifest | None:
-        for version in reversed(self.store.versions()):
-            try:
-                return self.store.manifest(version)
-            except (BadVersion, Missing):
-                continue
-        return None
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Return whether a file system had no room, or its owner no more of it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False
+        numbers = in_line(tuple(self.store.versions()))
+        return next(filter(None, map(self.store.readable, reversed(numbers))), None)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -51,7 +51,7 @@ def _plain_value(value: object, name: str, depth: int) -> object:
 
 
 def _unboxed(value: object) -> object:
-    """Return the plain value that a number of numpy or torch, a path or an enum's member stands for."""
+    """Return the plain value of a number of NumPy or torch, of a path, or of an enum's member."""
     if isinstance(value, Enum) and isinstance(value, (str, int)):
         return value.value
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
@@ -75,7 +75,7 @@ def _advice(value: object) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
         return "give a list, by .tolist(), or register it as a buffer, so that it travels with the weights"
     if isinstance(value, Mapping):
-        return "its keys must be texts"
+        return "its keys must be strings"
     if isinstance(value, (set, frozenset)):
         return "give a sorted list"
     return (
@@ -87,7 +87,7 @@ def _advice(value: object) -> str:
 class Architecture(BaseModel):
     """How to build the module: the import path of a factory ("package.module:name"), and its keyword arguments.
 
-    Arguments are plain values. Numbers of numpy and paths become numbers and texts, tuples become lists.
+    Arguments are plain values. NumPy numbers become plain numbers, paths become strings, tuples become lists.
     """
 
     # Fields that a later release adds are no reason to refuse a version.
@@ -109,6 +109,18 @@ class Architecture(BaseModel):
         return cls.model_validate({"factory": _import_path(factory), "arguments": plain})
 
 
+def to_architecture(given: Architecture | str) -> Architecture:
+    """Return an architecture as itself, or the one of an import path. Raises `EmaswapError` for anything else."""
+    if isinstance(given, Architecture):
+        return given
+    try:
+        return Architecture(factory=given)
+    except ValidationError:
+        raise EmaswapError(
+            f"expected an architecture, such as Architecture.of(Net, width=32) or 'package.module:Net', got {given!r}"
+        ) from None
+
+
 def _import_path(factory: object) -> str:
     """Return where a class or function can be imported from. Raises `EmaswapError` when it cannot."""
     module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", None)
@@ -120,7 +132,7 @@ def _import_path(factory: object) -> str:
         )
     if isinstance(factory, str):
         raise EmaswapError(
-            f"expected a class or function, got a text: write Architecture(factory={factory!r}, arguments=...)"
+            f"expected a class or function, got a string: write Architecture(factory={factory!r}, arguments=...)"
         )
     if not callable(factory) or not isinstance(module, str) or not isinstance(name, str):
         raise EmaswapError(
@@ -134,7 +146,7 @@ def _import_path(factory: object) -> str:
     found = getattr(sys.modules.get(module), name, None)
     if found is not factory:
         raise EmaswapError(
-            f"no service can import {module}:{name}: what has this name there is {_shown(found)}; "
+            f"no service can import {module}:{name}: there that name refers to {_shown(found)}; "
             "give it a name of its own at the top of its module"
         )
     return f"{module}:{name}"
@@ -142,7 +154,7 @@ def _import_path(factory: object) -> str:
 
 def _shown(factory: object) -> str:
     name = getattr(factory, "__qualname__", None)
-    return str(name) if isinstance(name, str) else f"a {type(factory).__name__}"
+    return str(name) if isinstance(name, str) else f"something of type {type(factory).__name__}"
 
 
 def is_trusted(factory: str, trusted: Iterable[str]) -> bool:

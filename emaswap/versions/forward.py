@@ -40,7 +40,7 @@ class Binding:
         if not parameters.named and parameters.takes_keywords and not parameters.takes_more:
             return cls((), tuple(names))
         raise TypeError(
-            f"{parameters} has no parameter for {_list(unknown)}, so which input is which would be a guess: "
+            f"{parameters} has no parameter for {_list(unknown)}, so it is unclear which input is which: "
             "name every input after a parameter, or wrap the module in one whose forward has these parameters"
         )
 
@@ -99,7 +99,7 @@ def _by_name(parameters: _Parameters, names: Sequence[str]) -> Binding:
     rest = tuple(name for name in names if name not in positional)
     if hidden := [name for name in rest if parameters.named[name].kind is Parameter.POSITIONAL_ONLY]:
         raise TypeError(
-            f"{parameters} takes {_list(hidden)} by position only, behind parameters that are not given: give those, too"
+            f"{parameters} takes {_list(hidden)} by position only, after parameters that are not given: give those, too"
         )
     return Binding(tuple(positional), rest)
 
@@ -112,9 +112,9 @@ def _complete(binding: Binding, parameters: _Parameters, given: Sequence[str]) -
 
 
 def named_outputs(returned: object) -> dict[str, object]:
-    """Return what a module returned by name, without what is `None`.
+    """Return the outputs of a module by name, leaving out `None`.
 
-    Mappings, dataclasses and named tuples have names; the parts of other tuples and lists are "output", "output_1", ...
+    Mappings, dataclasses and named tuples have names; elements of other tuples and lists are "output", "output_1", ...
     """
     if isinstance(returned, Mapping):
         named = {str(name): value for name, value in returned.items()}
@@ -130,7 +130,7 @@ def named_outputs(returned: object) -> dict[str, object]:
 def pick(returned: object, names: Sequence[str]) -> dict[str, Tensor]:
     """Return the outputs of these names from what a module returned.
 
-    The tensors of a plain tuple or list have the names in turn, if there are as many. Raises `ValueError` when an
+    The tensors of a plain tuple or list take the names in order, if there are as many. Raises `ValueError` when an
     output is not there, `TypeError` when it is not a tensor.
     """
     if isinstance(returned, Tensor) and len(names) == 1:

@@ -22,6 +22,7 @@ from emaswap.versions.signature import Signature
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_NAME = 200
 
 Version = Annotated[int, Field(ge=1, le=10**15)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -103,7 +104,7 @@ class Manifest(_Frozen):
 
     format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
     release: str = __version__
-    model: Annotated[str, Field(min_length=1, max_length=200)]
+    model: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     version: Version
     term: Annotated[int, Field(ge=1, le=10**15)]
     run: str

@@ -35,15 +35,15 @@ Rows = Tensor | NDArray[Any] | Sequence[Any]
 
 
 def to_inputs(given: Rows | Mapping[str, Rows]) -> Inputs:
-    """Return copies on the CPU of what a user gives as probe inputs.
+    """Return copies of the inputs that a user gives for a probe, on the CPU.
 
-    Raises `EmaswapError` when they are not rows of numbers, at least one, and as many of each input.
+    Raises `EmaswapError` unless they are rows of numbers, at least one, and as many in each input.
     """
     if not isinstance(given, Mapping):
         return _to_rows(given, "the probe")
     inputs = {str(name): _to_rows(rows, f"probe input {name!r}") for name, rows in given.items()}
     if len(counts := {name: len(rows) for name, rows in inputs.items()}) == 0 or len(set(counts.values())) > 1:
-        raise EmaswapError(f"a probe has as many rows of each of its inputs, got {counts or 'no inputs'}")
+        raise EmaswapError(f"a probe needs the same number of rows in each input, got {counts or 'no inputs'}")
     return inputs
 
 
@@ -56,20 +56,22 @@ def _to_rows(given: object, name: str) -> Tensor:
     try:
         rows = given if isinstance(given, Tensor) else _from_numpy(np.asarray(given))
     except (TypeError, ValueError) as error:
-        raise EmaswapError(f"{name} is a {type(given).__name__} that makes no tensor: {error}") from None
+        raise EmaswapError(f"{name} is a {type(given).__name__} that cannot be made into a tensor: {error}") from None
     if isinstance(given, (list, tuple)) and rows.is_floating_point():
         rows = rows.to(torch.get_default_dtype())
     if rows.layout != torch.strided or rows.is_meta or rows.is_quantized:
-        raise EmaswapError(f"{name} is no plain tensor ({rows.layout}, {rows.device}, {rows.dtype}): give a dense one")
+        raise EmaswapError(
+            f"{name} is not a plain tensor ({rows.layout}, {rows.device}, {rows.dtype}): give a dense one"
+        )
     if rows.dim() == 0:
-        raise EmaswapError(f"{name} is a single number: give rows of numbers, the first dimension counts them")
+        raise EmaswapError(f"{name} is a single number: expected rows, the first dimension being the batch")
     if len(rows) == 0:
         raise EmaswapError(f"{name} has no rows, which proves nothing: give a few typical ones")
     return rows.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _from_numpy(array: NDArray[Any]) -> Tensor:
-    # torch knows neither negative strides nor another machine's byte order.
+    # torch supports neither negative strides nor foreign byte orders.
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 

@@ -158,8 +158,8 @@ def test_a_version_is_what_the_weights_were_at_the_call(store: DirectoryStore, w
     assert all(torch.equal(written[name], tensor) for name, tensor in before.items())
 
 
-def test_snapshots_that_wait_give_way_to_the_newest(store: DirectoryStore, worker: Worker) -> None:
-    """While the publisher is busy, of all snapshots only the newest is kept, weights and step alike."""
+def test_the_newest_copy_replaces_the_one_that_waits(store: DirectoryStore, worker: Worker) -> None:
+    """While the publisher is busy, only the newest copy is kept, with its weights and its step."""
     modules = [Linear() for _ in range(4)]
     publisher = linear_publisher(store, worker)
     publisher.publish(modules[0], step=1)
@@ -174,7 +174,7 @@ def test_snapshots_that_wait_give_way_to_the_newest(store: DirectoryStore, worke
 
 
 def test_closing_publishes_what_is_pending(store: DirectoryStore, worker: Worker) -> None:
-    """The last snapshot becomes a version even if the publisher is closed right after."""
+    """The last weights become a version even if the publisher is closed right after."""
     publisher = linear_publisher(store, worker)
     publisher.publish(Linear(), step=1)
     assert worker.busy.wait(30)
@@ -184,8 +184,8 @@ def test_closing_publishes_what_is_pending(store: DirectoryStore, worker: Worker
     assert worker.steps == [1, 2]
 
 
-def test_flushing_waits_for_what_was_snapshotted(store: DirectoryStore) -> None:
-    """After flush() the newest snapshot is a version, and with nothing to do it returns at once."""
+def test_flushing_waits_for_the_newest_weights(store: DirectoryStore) -> None:
+    """After flush() the newest weights are a version; with nothing to do it returns at once."""
     with linear_publisher(store) as publisher:
         publisher.flush()
         for step in range(1, 4):
@@ -249,7 +249,7 @@ for step in range(1, 4):
 @pytest.mark.parametrize(
     ("ending", "status"), [("", 0), ("raise ValueError('training failed')", 1)], ids=["end of script", "uncaught error"]
 )
-def test_the_last_snapshot_is_published_although_nobody_closes(store: DirectoryStore, ending: str, status: int) -> None:
+def test_the_last_weights_are_published_although_nobody_closes(store: DirectoryStore, ending: str, status: int) -> None:
     """An interpreter that exits without close() finishes what it was handed first."""
     ended = run("-c", _SCRIPT + ending, str(store.root), timeout=60)
     assert ended.returncode == status, ended.stderr
@@ -294,7 +294,7 @@ def test_what_cannot_be_copied_is_a_failed_publish(store: DirectoryStore) -> Non
 def test_waiting_raises_when_the_newest_weights_were_not_published(
     store: DirectoryStore, wait: Callable[[Publisher], None]
 ) -> None:
-    """Who waits for a version learns that there is none, once; `error` goes on telling."""
+    """flush() and close() raise the error once; `error` still holds it afterwards."""
     publisher = linear_publisher(store)
     publisher.publish(damaged(float("nan")), step=9)
     with pytest.raises(PublishError, match="step 9 was not published"):
@@ -304,7 +304,7 @@ def test_waiting_raises_when_the_newest_weights_were_not_published(
 
 
 def test_leaving_the_block_raises_when_the_newest_weights_were_not_published(store: DirectoryStore) -> None:
-    """A script whose last version is missing does not end as if it were there."""
+    """A script does not end as if its last version had been published."""
 
     def script() -> None:
         with linear_publisher(store) as publisher:
@@ -334,7 +334,7 @@ def ends_by_an_error_and_closes(publisher: Publisher) -> None:
 def test_an_exception_that_is_under_way_is_not_hidden(
     store: DirectoryStore, script: Callable[[Publisher], None]
 ) -> None:
-    """Whichever way a publisher is closed by an error of training, that error is what is seen."""
+    """However an error in training closes the publisher, that error is the one that is raised."""
     publisher = linear_publisher(store)
     with pytest.raises(KeyError, match="training failed"):
         script(publisher)
@@ -407,7 +407,7 @@ def linear_of(dtype: str = "float32") -> nn.Module:
 def test_a_factory_that_does_not_build_the_published_module_is_refused(
     store: DirectoryStore, architecture: Architecture
 ) -> None:
-    """What every service would reject shows when publishing begins, before anything is committed or written."""
+    """A mismatch that every service would reject is found at the first publish, before anything is written."""
     with pytest.raises(PublishError, match=f"{architecture.factory} (failed|does not build the module)"):
         with Publisher(store, name="test", architecture=architecture, probe=ROWS) as publisher:
             publisher.publish(Linear())
@@ -515,7 +515,7 @@ def test_a_full_disk_that_cannot_be_pruned_is_tried_once_more(tmp_path: Path) ->
 def test_a_new_line_begins_where_the_store_was_deleted(
     store: DirectoryStore, made_again: Callable[[Path], None] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The publisher makes the store again, says so, and goes on; nothing is lost of what comes after."""
+    """The publisher recreates the store, logs it, and publishes everything that follows."""
     with linear_publisher(store) as publisher:
         publisher.publish(Linear(), step=1)
         publisher.flush()
@@ -528,7 +528,7 @@ def test_a_new_line_begins_where_the_store_was_deleted(
             publisher.publish(Linear(), step=step)
             publisher.flush()
         assert publisher.failed == 0
-    assert "nothing is left of version 2" in caplog.text
+    assert "version 2 is not in" in caplog.text
     manifests = [store.manifest(version) for version in store.versions()]
     assert [(each.version, each.training.step) for each in manifests] == [(1, 3), (2, 4)]
     assert manifests[0].parent is None
@@ -538,7 +538,7 @@ def test_a_new_line_begins_where_the_store_was_deleted(
 
 
 def test_a_store_that_is_deleted_before_the_first_version_is_made_again(store: DirectoryStore) -> None:
-    """A publisher that has published nothing yet does not mind."""
+    """A publisher that has published nothing yet recovers, too."""
     with linear_publisher(store) as publisher:
         shutil.rmtree(store.root)
         publisher.publish(Linear(), step=1)
@@ -561,7 +561,7 @@ def test_a_store_from_a_backup_goes_on_behind_its_newest_version(store: Director
 
 
 def test_a_publisher_does_not_mix_with_another_in_a_store_that_was_started_anew(store: DirectoryStore) -> None:
-    """Who finds another run's versions where its own were is fenced, and writes nothing there."""
+    """A publisher that finds another run's versions in place of its own is fenced, and writes nothing."""
     older = linear_publisher(store)
     older.publish(Linear(), step=1)
     older.flush()
@@ -660,8 +660,8 @@ def test_a_plain_module_has_no_average_to_speak_of(store: DirectoryStore) -> Non
     assert (described.schedule, described.decay, described.updates) == ("none", None, 0)
 
 
-def test_who_averaged_elsewhere_says_how(store: DirectoryStore) -> None:
-    """What is told of a plain module travels with that version alone; a `ModelEMA` is not spoken for."""
+def test_an_average_of_another_library_is_described(store: DirectoryStore) -> None:
+    """A description of a plain module stays with its version; with a `ModelEMA` it is refused."""
     model = Linear()
     averaged = EmaInfo(schedule="polyak", decay=0.5, updates=7, window=2.0)
     with linear_publisher(store) as publisher:
@@ -832,7 +832,7 @@ def compiled(module: nn.Module) -> nn.Module:
 def test_a_wrapped_module_is_published_as_what_is_inside(
     store: DirectoryStore, wrap: Callable[[nn.Module], nn.Module]
 ) -> None:
-    """What wraps a module for training leaves no trace in its version."""
+    """A wrapper for training leaves no trace in the version."""
     module = Linear()
     manifest = published(store, wrap(module), architecture=Architecture.of(Linear))
     assert manifest.weights.tensors.keys() == {"layer.weight", "layer.bias"}

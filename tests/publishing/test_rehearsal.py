@@ -14,9 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emaswap import Architecture, DirectoryStore, ModelEMA, Publisher, PublishError, Signature, TensorField, load
+from emaswap import (
+    Architecture,
+    DirectoryStore,
+    EmaswapError,
+    ModelEMA,
+    Publisher,
+    PublishError,
+    Signature,
+    TensorField,
+    load,
+)
 from emaswap.publishing.rehearsal import rehearse
 from tests.models import Linear, Tokens
+from tests.serving import serve
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 HERE = "tests.publishing.test_rehearsal"
@@ -104,13 +115,13 @@ def publisher_of(store: DirectoryStore, what: str, **options: Any) -> Publisher:
 @pytest.mark.parametrize(
     ("what", "problem"),
     [
-        ("dropout in forward", "differently each time.*draws random numbers: let dropout depend on self.training"),
+        ("dropout in forward", "differently each time.*draws random numbers: make dropout depend on self.training"),
         ("noise", "differently each time.*draws random numbers"),
         ("a sample", "differently each time.*sample outside of forward"),
         ("Python's random numbers", "differently each time"),
         ("numpy's random numbers", "differently each time"),
         ("the time", "differently each time.*depends on the time"),
-        ("the calls so far", "differently each time.*keeps something between calls"),
+        ("the calls so far", "differently each time.*keeps state between calls"),
         ("a counter", "changes steps in eval mode.*only `if self.training`"),
         ("a new counter", "changes steps in eval mode"),
         ("its weights", r"changes layer\.weight in eval mode"),
@@ -121,8 +132,8 @@ def publisher_of(store: DirectoryStore, what: str, **options: Any) -> Publisher:
         ("no numbers", "rows without numbers"),
         ("one number", r"shape \(\): expected 4 rows"),
         ("columns", r"shape \(2, 4\): expected 4 rows"),
-        ("four rows alone", "4 rows run, 1 do not .*any number of rows"),
-        ("as many columns as rows", r"4 rows run, 1 do not .*expected 1 rows, each float32 of shape \(4\)"),
+        ("four rows alone", "runs 4 rows but not 1 .*any number of rows"),
+        ("as many columns as rows", r"runs 4 rows but not 1 .*expected 1 rows, each float32 of shape \(4\)"),
         ("a cache beside it", "'past_key_values' is a Cache.*Give a Signature that names the outputs"),
     ],
 )
@@ -130,10 +141,57 @@ def test_a_model_that_could_never_be_published_is_refused_at_once(
     store: DirectoryStore, what: str, problem: str
 ) -> None:
     """The constructor says what is wrong and what to do, names the factory, and leaves no trace in the store."""
-    with pytest.raises(PublishError, match=f"{HERE}:Doing builds cannot be proven by this probe: .*{problem}"):
+    with pytest.raises(PublishError, match=f"{HERE}:Doing builds cannot be published with this probe: .*{problem}"):
         publisher_of(store, what)
     assert store.versions() == []
     assert store.files.entries("weights") == {}
+
+
+class Exotic(Linear):
+    """Has a buffer that no file can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"architecture": Linear}, r"expected an architecture, such as Architecture\.of\(Net, width=32\)"),
+        ({"architecture": Linear()}, r"expected an architecture"),
+        ({"architecture": "Linear"}, r"expected an architecture.*got 'Linear'"),
+        (
+            {"architecture": f"{HERE}:Exotic"},
+            "'phase' has dtype torch.complex128, which a safetensors file cannot hold",
+        ),
+        ({"name": ""}, "name must be a string of 1 to 200 characters"),
+        ({"name": "x" * 201}, "name must be a string of 1 to 200 characters"),
+        ({"name": Linear()}, "name must be a string of 1 to 200 characters"),
+        ({"dtype": torch.int8}, "dtype=torch.int8: weights are stored in one of torch.float64"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype=torch.float8_e4m3fn: weights are stored in one of"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16: weights are stored in one of"),
+    ],
+    ids=[
+        "a class",
+        "an instance",
+        "a name",
+        "a buffer of complex numbers",
+        "an empty name",
+        "a long name",
+        "a model for a name",
+        "an integer dtype",
+        "a dtype that is too narrow",
+        "a dtype's name",
+    ],
+)
+def test_arguments_that_could_never_work_are_refused_at_once(
+    store: DirectoryStore, options: dict[str, Any], problem: str
+) -> None:
+    """The error says what was expected, and what came."""
+    settings: dict[str, Any] = {"name": "test", "architecture": Architecture.of(Linear), "probe": ROWS}
+    with pytest.raises(EmaswapError, match=problem):
+        Publisher(store, **(settings | options))
 
 
 def test_a_refused_publisher_makes_no_store(store: DirectoryStore) -> None:
@@ -243,16 +301,20 @@ TOKENS = torch.arange(12).view(4, 3)
         (f"{HERE}:Encoder", {"input_ids": TOKENS, "token_type_idz": TOKENS}, "no parameter for 'token_type_idz'"),
         (f"{HERE}:Encoder", {"text": TOKENS}, "no parameter for 'text'"),
         ("tests.models:Linear", torch.ones(0, 3), "no rows, which proves nothing"),
-        ("tests.models:Linear", torch.tensor(1.0), "a single number: give rows"),
+        ("tests.models:Linear", torch.tensor(1.0), "a single number: expected rows"),
         ("tests.models:Linear", [ROWS[0], ROWS[1]], "a list of tensors: give one tensor, rows first"),
         ("tests.models:Linear", (ROWS, ROWS), "a tuple of tensors: .*several inputs by name"),
-        ("tests.models:Linear", [[1.0, 2.0], [3.0]], "a list that makes no tensor"),
-        ("tests.models:Linear", "text", "a str that makes no tensor"),
-        ("tests.models:Linear", None, "a NoneType that makes no tensor"),
-        ("tests.models:Linear", ROWS.to_sparse(), "no plain tensor"),
-        ("tests.models:Linear", ROWS.to("meta"), "no plain tensor"),
+        ("tests.models:Linear", [[1.0, 2.0], [3.0]], "a list that cannot be made into a tensor"),
+        ("tests.models:Linear", "text", "a str that cannot be made into a tensor"),
+        ("tests.models:Linear", None, "a NoneType that cannot be made into a tensor"),
+        ("tests.models:Linear", ROWS.to_sparse(), "is not a plain tensor"),
+        ("tests.models:Linear", ROWS.to("meta"), "is not a plain tensor"),
         ("tests.models:Linear", {}, "got no inputs"),
-        ("tests.models:Tokens", {"tokens": TOKENS, "bias": torch.ones(3)}, "as many rows.*'tokens': 4, 'bias': 3"),
+        (
+            "tests.models:Tokens",
+            {"tokens": TOKENS, "bias": torch.ones(3)},
+            "same number of rows.*'tokens': 4, 'bias': 3",
+        ),
         ("tests.models:Linear", ROWS.to(torch.complex64), "complex64|ComplexFloat"),
     ],
 )
@@ -317,8 +379,14 @@ def test_named_inputs_are_served_as_the_parameters_of_their_names(store: Directo
     with Publisher(store, name="test", architecture=Architecture.of(Encoder), probe=inputs) as publisher:
         publisher.publish(module)
     loaded = load(store, trusted=f"{HERE}:Encoder")
-    served = store.manifest(1).signature.run(loaded, inputs)["logits"]
-    assert torch.equal(served, module(**inputs)["logits"])
+    answers = store.manifest(1).signature.run(loaded, inputs)["logits"]
+    assert torch.equal(answers, module(**inputs)["logits"])
+    with serve(store=str(store.root), trust=(f"{HERE}:Encoder",)) as served:
+        served.wait_until_live(1)
+        # In another order than forward has them.
+        names = ("token_type_ids", "input_ids")
+        served_answers = served.predict({name: inputs[name].tolist() for name in names}).json()["outputs"]
+    torch.testing.assert_close(torch.tensor(served_answers), answers, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_arguments_become_plain_values_where_nothing_is_lost(given: object, kept
         (torch.device("cpu"), "is a device, .*leave it out"),
         (torch.ones(3), r"is a Tensor, .*\.tolist\(\)"),
         (np.ones(3), r"is a ndarray, .*\.tolist\(\)"),
-        ({1: 2}, "is a dict, .*keys must be texts"),
+        ({1: 2}, "is a dict, .*keys must be strings"),
         ({1, 2}, "is a set, .*sorted list"),
         (nn.ReLU(), "is a ReLU, .*def build"),
         (nn.ReLU, "is a type, .*def build"),
@@ -306,15 +306,15 @@ class Twice(nn.Module):  # type: ignore[no-redef]
     ("factory", "problem"),
     [
         (Linear(), r"got an instance: write Architecture\.of\(Linear, \.\.\.\)"),
-        ("tests.models:Linear", r"got a text: write Architecture\(factory='tests.models:Linear'"),
-        (partial(Linear, inputs=4), r"got a partial: write Architecture\.of\(Net, width=32\)"),
-        (torch, "got a module"),
-        (3, "got a int"),
+        ("tests.models:Linear", r"got a string: write Architecture\(factory='tests.models:Linear'"),
+        (partial(Linear, inputs=4), r"got something of type partial: write Architecture\.of\(Net, width=32\)"),
+        (torch, "something of type module"),
+        (3, "something of type int"),
         (lambda: None, r"test_architecture:<lambda>: move it to the top of a module"),
         (Linear.eval, r"Linear\.eval|Module\.eval: move it to the top of a module"),
-        (Replaced, r"test_architecture:Twice: what has this name there is Twice"),
+        (Replaced, r"test_architecture:Twice: there that name refers to Twice"),
     ],
-    ids=["an instance", "a text", "a partial", "a package", "a number", "a lambda", "a method", "a replaced class"],
+    ids=["an instance", "a string", "a partial", "a package", "a number", "a lambda", "a method", "a replaced class"],
 )
 def test_what_no_service_could_import_is_refused(factory: object, problem: str) -> None:
     """The error says what was given, and what to write instead."""
