@@ -7,14 +7,17 @@ from collections.abc import AsyncIterator
 import torch
 from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics
 
-from emaswap import __version__, open_store
+from emaswap import BadVersion, __version__, open_store
 from emaswap.device import pick_device
-from service.control.lifecycle import History
+from service.control.conductor import Conductor
 from service.control.loader import Loader
 from service.control.metrics import ControlMetrics
+from service.control.notices import Notices
+from service.control.standing import Standing
 from service.control.watcher import Watcher
 from service.serving.batcher import Batcher
 from service.serving.metrics import ServingMetrics
+from service.serving.servable import Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
 
@@ -28,16 +31,23 @@ class Service:
         self.draining = False
         self.registry = _new_registry()
         self.slot = Slot()
-        control_metrics = ControlMetrics(self.registry, self.slot)
-        self.serving_metrics = ServingMetrics(self.registry)
+        self.store = open_store(settings.store)
         loader = Loader(
-            open_store(settings.store),
+            self.store,
             trusted=settings.trusted,
             device=pick_device(settings.device),
             variant=settings.variant,
         )
-        self.history = History()
-        self.watcher = Watcher(self.slot, loader, self.history, control_metrics, poll_s=settings.poll_s)
+        self.conductor = Conductor(
+            self.slot,
+            loader,
+            ControlMetrics(self.registry, self.slot),
+            poll_s=settings.poll_s,
+            load_timeout_s=settings.load_timeout_s,
+        )
+        path = self.store.watch_path
+        self.watcher = Watcher(self.conductor, Notices(path) if path else None, poll_s=settings.poll_s)
+        self.serving_metrics = ServingMetrics(self.registry)
         self.batcher = Batcher(
             self.slot,
             self.serving_metrics,
@@ -45,8 +55,26 @@ class Service:
             max_waiting=settings.max_waiting,
             max_waiting_bytes=settings.max_waiting_bytes,
             forward_timeout_s=settings.forward_timeout_s,
-            on_broken=self.watcher.give_up,
+            on_broken=self.give_up,
         )
+
+    @property
+    def standing(self) -> Standing:
+        """How things stand now."""
+        return self.conductor.standing
+
+    @property
+    def unready(self) -> str | None:
+        """Why requests should go elsewhere; `None` when they should come."""
+        if self.draining:
+            return "draining"
+        standing = self.standing
+        return None if standing.live else standing.status
+
+    def give_up(self, servable: Servable, error: BadVersion) -> None:
+        """Reject a version that turned out broken while it answered, and look for another at once."""
+        self.conductor.give_up(servable, error)
+        self.watcher.wake()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -60,7 +88,7 @@ class Service:
             watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
-            self.watcher.close()
+            self.conductor.close()
             self.batcher.close()
 
 

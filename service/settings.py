@@ -40,9 +40,6 @@ class ServiceSettings(CommandSettings):
     max_model_bytes: int | None = Field(
         None, ge=1, description="Largest weights file to load; without it, what this process has memory for."
     )
-    forward_timeout_s: float = Field(
-        30.0, gt=0, le=86400, description="Seconds that a forward pass may take; then 503, and its version is given up."
-    )
     max_body_bytes: int = Field(8 << 20, ge=1, description="Largest request body; a larger one is answered 413.")
     max_batch_rows: int = Field(512, ge=1, description="Most rows of one request, and of one batch of requests.")
     max_waiting: int = Field(1024, ge=1, description="Requests that may wait for the model; more are answered 429.")
@@ -50,6 +47,12 @@ class ServiceSettings(CommandSettings):
         256 << 20, ge=1, description="Bytes of inputs that may wait for the model; more are answered 429."
     )
     body_timeout_s: float = Field(30.0, gt=0, description="Seconds a client may take to send its body; then 408.")
+    forward_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        le=86400,
+        description="Seconds that the model may take for a batch; then 503, and its version is given up.",
+    )
     drain_s: float = Field(
         0.5, ge=0, description="Seconds after SIGTERM in which /readyz says no, but requests are still taken."
     )

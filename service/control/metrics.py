@@ -1,11 +1,13 @@
 """What is measured of versions, in Prometheus' terms: which is live, how fresh it is, how loading goes."""
 
-import time
+import math
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from emaswap import Pin, Reason
+from emaswap import Reason
+from service.control.standing import Standing
 from service.serving.servable import Servable
 from service.serving.slot import Slot
 
@@ -17,10 +19,16 @@ class ControlMetrics:
 
     def __init__(self, registry: CollectorRegistry, slot: Slot) -> None:
         """Register the metrics; `slot` is asked for the age of the live version at each scrape."""
-        self._live_version = Gauge(
-            "emaswap_live_version", "The version that answers; 0 before the first.", registry=registry
-        )
+        Gauge(
+            "emaswap_live_version", "The version that answers; 0 when there is none.", registry=registry
+        ).set_function(lambda: slot.current.version if slot.current else 0)
         self._live_step = Gauge("emaswap_live_step", "The training step of the live version.", registry=registry)
+        self._live_in_store = Gauge(
+            "emaswap_live_in_store",
+            "1 while the store has the live version as itself, 0 when it is gone or another has its number; NaN before the first.",
+            registry=registry,
+        )
+        self._live_in_store.set(math.nan)
         self._newest_version = Gauge("emaswap_newest_version", "The newest version in the store.", registry=registry)
         self._pinned_version = Gauge(
             "emaswap_pinned_version", "The pinned version; 0 without a pin.", registry=registry
@@ -30,6 +38,11 @@ class ControlMetrics:
             "Time since the live version was published; NaN before the first.",
             registry=registry,
         ).set_function(lambda: _age_s(slot))
+        self._clock_skew = Gauge(
+            "emaswap_clock_skew_seconds",
+            "By how much the publisher's clock was ahead of this one at least, when the live version was loaded.",
+            registry=registry,
+        )
         self._publish_to_served = Histogram(
             "emaswap_publish_to_served_seconds",
             "From a version's commit to it being live.",
@@ -42,6 +55,10 @@ class ControlMetrics:
         )
         for reason in Reason:
             self.rejected.labels(reason=reason)
+        self.load_retries = Counter(
+            "emaswap_load_retries", "Loads that failed for now and are tried again.", registry=registry
+        )
+        self.hung_loads = Gauge("emaswap_hung_loads", "Loads that were given up and still hang.", registry=registry)
         self._load = Histogram(
             "emaswap_load_seconds", "Time to load a version, by stage.", ["stage"], buckets=_SECONDS, registry=registry
         )
@@ -52,17 +69,19 @@ class ControlMetrics:
         )
         self.store_errors = Counter("emaswap_store_errors", "Looks at the store that failed.", registry=registry)
 
-    def saw(self, newest: int, pin: Pin | None) -> None:
-        """Note what the store holds."""
-        self._newest_version.set(newest)
-        self._pinned_version.set(pin.version if pin else 0)
+    def saw(self, standing: Standing) -> None:
+        """Note what a look at the store showed."""
+        self._newest_version.set(standing.newest)
+        self._pinned_version.set(standing.pin.version if standing.pin else 0)
+        self._live_in_store.set(math.nan if standing.in_store is None else standing.in_store)
 
     def went_live(self, servable: Servable, timings_s: Mapping[str, float]) -> None:
         """Note that a version went live."""
         self._swaps.inc()
-        self._live_version.set(servable.version)
         self._live_step.set(servable.manifest.training.step)
-        self._publish_to_served.observe(max(0.0, servable.publish_to_served_s))
+        self._live_in_store.set(1)
+        self._clock_skew.set(servable.manifest.skew_s(servable.loaded_at))
+        self._publish_to_served.observe(servable.publish_to_served_s)
         self._drift.set(servable.drift or 0.0)
         for stage, seconds in timings_s.items():
             self._load.labels(stage=stage).observe(seconds)
@@ -70,4 +89,4 @@ class ControlMetrics:
 
 def _age_s(slot: Slot) -> float:
     live = slot.current
-    return time.time() - live.manifest.created_at.timestamp() if live else float("nan")
+    return live.manifest.age_s(datetime.now(UTC)) if live else math.nan

@@ -53,8 +53,8 @@ class Servable:
 
     @property
     def publish_to_served_s(self) -> float:
-        """Seconds from the publisher's clock at the commit to this one's when the version was ready."""
-        return (self.loaded_at - self.manifest.created_at).total_seconds()
+        """Seconds from the publisher's clock at the commit to this one's when the version was ready; 0 if that is ahead."""
+        return self.manifest.age_s(self.loaded_at)
 
     @cached_property
     def _bound(self) -> Bound:

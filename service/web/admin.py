@@ -5,22 +5,25 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from emaswap import EmaswapError, Missing, ReadOnly, Reason, StoreError
-from service.control.lifecycle import History, State
-from service.control.watcher import Watcher
+from emaswap import BadVersion, EmaswapError, Missing, ReadOnly, Store, StoreError
+from service.control.conductor import OVERRULED, Conductor
+from service.control.lane import Blocked, Hung, Lane
+from service.control.lifecycle import State
 from service.refusal import Code, Refusal
 from service.web.schemas import PinState
 
 _MIN_TOKEN_BYTES = 8
+_ORDER_TIMEOUT_S = 30.0
 
 
 class Admin:
-    """Checks the operators' token, and writes the pin into the store, where it holds for every replica."""
+    """Checks the operators' token, and writes their orders into the store, where they hold for every replica."""
 
-    def __init__(self, watcher: Watcher, history: History, token: bytes | None) -> None:
-        self._watcher = watcher
-        self._history = history
+    def __init__(self, store: Store, conductor: Conductor, token: bytes | None) -> None:
+        self._store = store
+        self._conductor = conductor
         self._token = token
+        self._lane = Lane("emaswap-orders")
 
     def authorize(self, authorization: str | None) -> None:
         """Raises `Refusal` unless the `Authorization` header carries the token."""
@@ -34,49 +37,49 @@ class Admin:
 
     async def pin(self, version: int, reason: str) -> PinState:
         """Pin a version, and wait until it is live (or turned out not to be servable)."""
-        await self._watcher.look()
-        record = self._history.get(version)
-        # A stale term is no fault of the version's own: an operator may overrule it.
-        if record and record.state is State.REJECTED and record.reason is not Reason.STALE_TERM:
+        await self._conductor.settle(thorough=True)
+        record = self._conductor.standing.record(version)
+        if record and record.state is State.REJECTED and record.reason not in OVERRULED:
             raise Refusal(
                 Code.VERSION_WAS_REJECTED, f"version {version} was rejected: {record.reason}: {record.detail}"
             )
-        store = self._watcher.store
-        await self._write(
-            lambda: store.orders.set_pin(version, reason),
-            f"emaswap pin --store {shlex.quote(store.location)} {version}",
-        )
+        command = f"emaswap pin --store {shlex.quote(self._store.location)} {version}"
+        await self._order(lambda: self._store.orders.set_pin(version, reason), command)
         return await self.refresh()
 
     async def unpin(self) -> PinState:
         """Remove the pin, and wait until the newest version is live."""
-        store = self._watcher.store
-        await self._write(store.orders.clear_pin, f"emaswap unpin --store {shlex.quote(store.location)}")
+        await self._order(self._store.orders.clear_pin, f"emaswap unpin --store {shlex.quote(self._store.location)}")
         return await self.refresh()
 
     async def refresh(self) -> PinState:
         """Look at the store now rather than at the next poll."""
-        await self._watcher.look()
-        live = self._watcher.slot.current
-        return PinState(pin=self._watcher.pin, live=live.version if live else None, status=self._watcher.status)
+        await self._conductor.settle(thorough=True)
+        return PinState.of(self._conductor.standing)
 
-    async def _write(self, change: Callable[[], object], command: str) -> None:
-        store = self._watcher.store
+    def close(self) -> None:
+        """Let the thread end; do not wait for an order that is under way."""
+        self._lane.close()
+
+    async def _order(self, order: Callable[[], object], command: str) -> None:
         try:
-            if not await self._watcher.on_thread(store.is_writable):
-                raise ReadOnly("this service may not write the store")
-        except ReadOnly as error:
-            raise Refusal(Code.STORE_IS_READ_ONLY, f"{error}; where one may, run: {command}") from None
-        except StoreError as error:
-            raise Refusal(Code.STORE_UNREACHABLE, str(error)) from None
-        try:
-            await self._watcher.on_thread(change)
+            await self._lane.run(lambda: _carry_out(order, self._store), _ORDER_TIMEOUT_S)
         except Missing as error:
             raise Refusal(Code.UNKNOWN_VERSION, str(error)) from None
         except ReadOnly as error:
             raise Refusal(Code.STORE_IS_READ_ONLY, f"{error}; where one may, run: {command}") from None
-        except StoreError as error:
-            raise Refusal(Code.STORE_UNREACHABLE, str(error)) from None
+        except (StoreError, BadVersion, Hung, Blocked) as error:
+            raise Refusal(Code.STORE_UNREACHABLE, f"the order could not be written: {error}") from None
+
+
+def _carry_out(order: Callable[[], object], store: Store) -> None:
+    try:
+        writable = store.is_writable()
+    except Missing as error:  # it is the store itself that is not there
+        raise StoreError(str(error)) from None
+    if not writable:
+        raise ReadOnly("this service may not write the store")
+    order()
 
 
 def read_token(file: Path | None) -> bytes | None:

@@ -39,13 +39,13 @@ _MAX_ADMIN_BODY_BYTES = 64 << 10
 def create_app(settings: ServiceSettings) -> FastAPI:
     """The ASGI application for these settings."""
     service = Service(settings)
-    admin = Admin(service.watcher, service.history, read_token(settings.admin_token_file))
+    admin = Admin(service.store, service.conductor, read_token(settings.admin_token_file))
     predict = Predict(
         service.slot,
         service.batcher,
         service.serving_metrics,
         settings,
-        status=lambda: service.watcher.status,
+        status=lambda: service.standing.status,
         draining=lambda: service.draining,
     )
 
@@ -53,6 +53,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service.running():
             yield
+        admin.close()
 
     app = FastAPI(
         title="emaswap",
@@ -90,16 +91,15 @@ def _model_routes(service: Service) -> APIRouter:
     @routes.get("/version")
     async def version() -> LiveVersion:
         """Everything known about the live version."""
-        live = service.slot.current
-        if live is None:
-            raise refused.no_live_version(service.watcher.status)
-        return LiveVersion.of(live, service.watcher.pin, datetime.now(UTC))
+        standing = service.standing
+        if standing.live is None:
+            raise refused.no_live_version(standing.status)
+        return LiveVersion.of(standing.live, standing, datetime.now(UTC))
 
     @routes.get("/versions")
     async def versions() -> Versions:
         """The newest versions with their states, and why the rejected ones were rejected."""
-        watcher = service.watcher
-        return Versions.of(service.slot.current, watcher.pin, watcher.status, service.history.newest_first())
+        return Versions.of(service.standing)
 
     return routes
 
@@ -143,8 +143,7 @@ def _probe_routes(service: Service) -> APIRouter:
     @routes.get("/readyz", responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
         """200 when a version is live and the service is not draining; 503 otherwise, and why."""
-        live = service.slot.current
-        reason = "draining" if service.draining else None if live else service.watcher.status
+        reason, live = service.unready, service.slot.current
         response.status_code = 200 if reason is None else 503
         return Readiness(ready=reason is None, version=live.version if live else None, reason=reason)
 

@@ -42,9 +42,11 @@ def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
 
     counts = {name: _count(name, inputs[name]) for name in names}
     if len(set(counts.values())) > 1:
-        raise Refusal(Code.WRONG_SHAPE, f"expected as many rows of each input, got {counts}")
+        raise Refusal(Code.WRONG_SHAPE, f"expected the same number of rows in each input, got {counts}")
     if (rows := counts[names[0]]) > max_rows:
-        raise Refusal(Code.TOO_MANY_ROWS, f"expected at most {max_rows} rows in a request, got {rows}: send several")
+        raise Refusal(
+            Code.TOO_MANY_ROWS, f"expected at most {max_rows} rows in a request, got {rows}; send several requests"
+        )
 
     # For text, numpy would allocate the longest text's length for every value; beside a number, it takes true for 1.
     # Both leave traces in the body, where they are quickly found.

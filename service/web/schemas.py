@@ -1,4 +1,4 @@
-"""What goes over HTTP as JSON: for validation of what is small, and for the documentation of all of it."""
+"""What goes over HTTP as JSON. Small requests are validated by these schemas, and all of them are documented."""
 
 from datetime import datetime
 from typing import Annotated, Any
@@ -9,6 +9,7 @@ from emaswap import Pin, Reason, Signature
 from emaswap.versions.architecture import Architecture
 from emaswap.versions.manifest import EmaInfo, TrainingInfo
 from service.control.lifecycle import Record, State
+from service.control.standing import Standing
 from service.serving.servable import Servable
 
 
@@ -59,13 +60,15 @@ class LiveVersion(_Schema):
     name: str
     version: int
     step: int
-    digest: str
+    digest: str = Field(description="Of the weights.")
+    manifest_digest: str = Field(description="Of the manifest: with the number, it tells this version from any other.")
+    in_store: bool | None = Field(description="False when the store no longer has it, or another has its number.")
     term: int
     run: str
     published_at: datetime
     loaded_at: datetime
-    age_s: float = Field(description="Seconds since it was published.")
-    publish_to_served_s: float
+    age_s: float = Field(description="Seconds since it was published; never negative.")
+    publish_to_served_s: float = Field(description="From its commit to it being live; never negative.")
     drift: float | None = Field(description="Mean |difference| of its probe answers from its predecessor's.")
     size_bytes: int
     architecture: Architecture
@@ -75,19 +78,21 @@ class LiveVersion(_Schema):
     pin: Pin | None
 
     @classmethod
-    def of(cls, servable: Servable, pin: Pin | None, now: datetime) -> "LiveVersion":
-        """What `/model/version` says of a servable."""
+    def of(cls, servable: Servable, standing: Standing, now: datetime) -> "LiveVersion":
+        """Return what `/model/version` says of the live servable."""
         manifest = servable.manifest
         return cls(
             name=manifest.model,
             version=manifest.version,
             step=manifest.training.step,
             digest=servable.digest,
+            manifest_digest=manifest.identity.digest,
+            in_store=standing.in_store,
             term=manifest.term,
             run=manifest.run,
             published_at=manifest.created_at,
             loaded_at=servable.loaded_at,
-            age_s=(now - manifest.created_at).total_seconds(),
+            age_s=manifest.age_s(now),
             publish_to_served_s=servable.publish_to_served_s,
             drift=servable.drift,
             size_bytes=manifest.weights.size,
@@ -95,16 +100,15 @@ class LiveVersion(_Schema):
             signature=manifest.signature,
             ema=manifest.ema,
             training=manifest.training,
-            pin=pin,
+            pin=standing.pin,
         )
 
 
 class VersionState(_Schema):
     """Where one version is in its life."""
 
-    model_config = ConfigDict(frozen=True, from_attributes=True)
-
     version: int
+    manifest_digest: str | None = Field(description="Null until its manifest has been read.")
     state: State
     since: datetime
     step: int | None
@@ -112,6 +116,21 @@ class VersionState(_Schema):
     reason: Reason | None
     detail: str | None
     timings_s: dict[str, float]
+
+    @classmethod
+    def of(cls, record: Record) -> "VersionState":
+        """Return what `/model/versions` says of one version."""
+        return cls(
+            version=record.version,
+            manifest_digest=record.identity.digest or None,
+            state=record.state,
+            since=record.since,
+            step=record.step,
+            digest=record.digest,
+            reason=record.reason,
+            detail=record.detail,
+            timings_s=dict(record.timings_s),
+        )
 
 
 class Versions(_Schema):
@@ -123,17 +142,22 @@ class Versions(_Schema):
     versions: list[VersionState]
 
     @classmethod
-    def of(cls, live: Servable | None, pin: Pin | None, status: str, records: list[Record]) -> "Versions":
-        """What `/model/versions` says."""
-        states = [VersionState.model_validate(record) for record in records]
-        return cls(live=live.version if live else None, pin=pin, status=status, versions=states)
+    def of(cls, standing: Standing) -> "Versions":
+        """Return what `/model/versions` says."""
+        return cls(
+            live=standing.live.version if standing.live else None,
+            pin=standing.pin,
+            status=standing.status,
+            versions=[VersionState.of(record) for record in standing.records],
+        )
 
 
 class PinRequest(_Schema):
-    """The version to pin, and why: whoever finds the pin later will want to know."""
+    """The version to pin, and why, for whoever finds the pin later."""
 
-    version: Annotated[int, Field(ge=1, le=10**15)]
-    reason: Annotated[str, Field(max_length=1000)] = ""
+    # In strict mode true, 1.0 and "1" are no whole numbers.
+    version: Annotated[int, Field(strict=True, ge=1, le=10**15)]
+    reason: Annotated[str, Field(strict=True, max_length=1000)] = ""
 
 
 class PinState(_Schema):
@@ -142,6 +166,12 @@ class PinState(_Schema):
     pin: Pin | None
     live: int | None
     status: str
+
+    @classmethod
+    def of(cls, standing: Standing) -> "PinState":
+        """Return what operators are told."""
+        live = standing.live.version if standing.live else None
+        return cls(pin=standing.pin, live=live, status=standing.status)
 
 
 class Health(_Schema):

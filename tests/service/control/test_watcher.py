@@ -223,7 +223,7 @@ def test_a_store_that_is_suddenly_empty_takes_nothing_away(
     served.wait_until_live(1)
     store.root.rename(tmp_path / "away")
     store.root.mkdir()
-    wait_for_status(served, "no version in the store")
+    wait_for_status(served, "the store has no versions any more; still serving version 1")
     assert_answers_with(served, 1)
     store.root.rmdir()
     (tmp_path / "away").rename(store.root)

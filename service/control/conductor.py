@@ -1,0 +1,312 @@
+"""The conductor: does what the policy says, and keeps account of it.
+
+It belongs to the event loop, which alone writes its records; everything that blocks runs on lanes.
+"""
+
+import asyncio
+import contextlib
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import structlog
+
+from emaswap import BadVersion, Identity, Reason, StoreError
+from service.control.lane import Blocked, Hung, Lane
+from service.control.lifecycle import LOADING, History, State
+from service.control.loader import Loader
+from service.control.metrics import ControlMetrics
+from service.control.policy import Known, Load, decide
+from service.control.quarantine import Quarantine, Stamps
+from service.control.standing import Standing
+from service.control.survey import Survey, survey
+from service.refusal import shorten
+from service.serving.servable import Servable
+from service.serving.slot import Slot
+
+log = structlog.get_logger("emaswap.service")
+
+_LOOK_TIMEOUT_S = 60.0
+# How long one look at the store serves while several versions are tried.
+_LOOK_LASTS_S = 1.0
+_LOADS_PER_TURN = 50
+# After a turn that came to no end, the rest is this many times what it took.
+_REST_PER_WORK = 4.0
+_LONGEST_REST_S = 5.0
+_NOTABLE_SKEW_S = 1.0
+# Reasons that are no fault of a version's own bytes: an operator's pin overrules them.
+OVERRULED = frozenset({Reason.STALE_TERM, Reason.OUT_OF_LINE})
+
+
+class Conductor:
+    """Keeps a slot at the version that the store's state calls for."""
+
+    def __init__(
+        self, slot: Slot, loader: Loader, metrics: ControlMetrics, *, poll_s: float, load_timeout_s: float
+    ) -> None:
+        """Load from the loader's store. A load may take `load_timeout_s` seconds; `poll_s` is between looks."""
+        self._slot = slot
+        self._loader = loader
+        self._metrics = metrics
+        self._load_timeout_s = load_timeout_s
+        self._history = History()
+        self._quarantine = Quarantine(poll_s=poll_s)
+        self._looking = Lane("emaswap-look")
+        self._loading = Lane("emaswap-load")
+        self._turn = asyncio.Lock()
+        self._standing = Standing()
+        metrics.hung_loads.set_function(lambda: self._loading.hung)
+
+    @property
+    def standing(self) -> Standing:
+        """How things stand now."""
+        return replace(self._standing, live=self._slot.current, records=self._history.newest_first())
+
+    async def settle(self, *, thorough: bool = False) -> float | None:
+        """Look at the store, and do what the policy says until it says to stay, or for a bounded number of loads.
+
+        With `thorough`, everything that was rejected or failed for now is looked at again. Returns the seconds after
+        which to come again before the next poll, `None` when there is no reason to. Never raises for a bad version.
+        """
+        async with self._turn:
+            try:
+                return await self._settle(thorough=thorough)
+            except (StoreError, Hung, Blocked) as error:
+                self._metrics.store_errors.inc()
+                said = str(error) if isinstance(error, StoreError) else f"the store does not answer: {error}"
+                self._conclude(said)
+            except Exception as error:  # whatever it is, the live version keeps answering and the watch goes on
+                log.exception("the look at the store failed")
+                self._conclude(f"the look at the store failed: {type(error).__name__}: {error}")
+            return None
+
+    def give_up(self, servable: Servable, error: BadVersion) -> None:
+        """Reject a version that turned out broken while it answered. Nothing is live until `settle` has found another."""
+        identity = servable.manifest.identity
+        self._slot.withdraw(servable)
+        record = self._history.get(identity)
+        if record is not None and record.state is not State.REJECTED:
+            self._quarantine.reject(identity.version, error, record.stamp, None)
+            self._note_rejection(identity, error, record.timings_s)
+
+    def close(self) -> None:
+        """Let the threads end; do not wait for work that is under way."""
+        self._looking.close()
+        self._loading.close()
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    async def _settle(self, *, thorough: bool) -> float | None:
+        if thorough:
+            self._quarantine.hasten()
+        began = looked_at = time.monotonic()
+        found = await self._look(thorough=thorough)
+        for loads in range(_LOADS_PER_TURN):
+            action = decide(self._known(found))
+            if not isinstance(action, Load):
+                self._conclude(action.why, about=action.about, quietly=loads > 0)
+                return self._next_retry_s()
+            self._standing = replace(self._standing, status=f"loading version {action.version}")
+            went_live = await self._load(action.version, found)
+            if not went_live and time.monotonic() - looked_at > _LOOK_LASTS_S:
+                found = await self._look()
+                looked_at = time.monotonic()
+        return min(_REST_PER_WORK * (time.monotonic() - began), _LONGEST_REST_S)
+
+    async def _look(self, *, thorough: bool = False) -> Survey:
+        """Look at the store, and forget what it shows to be out of date."""
+        live = self._slot.current
+        identity = live.manifest.identity if live else None
+        record = self._history.get(identity) if identity else None
+        to_check = self._quarantine.to_check(above=self._above(), thorough=thorough)
+        rejected = frozenset(self._quarantine.rejections)
+        found = await self._looking.run(
+            lambda: survey(self._loader.store, identity, record.stamp if record else None, rejected, to_check),
+            _LOOK_TIMEOUT_S,
+        )
+        if identity and found.live_stamp:
+            self._history.restamp(identity, found.live_stamp)
+        self._history.discover(found.manifests)
+        self._quarantine.compare(found.manifests)
+        for version, stamps in found.stamps.items():
+            if self._quarantine.checked(version, stamps):
+                self._reconsider(version)
+        pin = found.look.pin
+        if pin and (rejection := self._quarantine.rejections.get(pin.version)) and rejection.reason in OVERRULED:
+            self._quarantine.release(pin.version)
+            self._reconsider(pin.version)
+        in_store = None if self._slot.current is None else found.live_stamp is not None
+        self._standing = replace(self._standing, pin=pin, newest=found.look.newest, in_store=in_store)
+        self._metrics.saw(self.standing)
+        return found
+
+    def _above(self) -> int:
+        """The number above which versions can go live without a pin."""
+        live = self._slot.current
+        return live.version if live and self._standing.in_store else 0
+
+    def _next_retry_s(self) -> float | None:
+        pin = self._standing.pin
+        return self._quarantine.next_retry_s(above=self._above(), pinned=pin.version if pin else None)
+
+    def _reconsider(self, version: int) -> None:
+        record = self._history.get(self._history.holder(version))
+        if record is not None and record.state is State.REJECTED:
+            self._history.enter(record.identity, State.DISCOVERED)
+
+    def _known(self, found: Survey) -> Known:
+        live = self._slot.current
+        in_store = bool(self._standing.in_store)
+        pin = found.look.pin
+        pin_is_live = (
+            live is not None
+            and pin is not None
+            and pin.names(live.manifest.identity)
+            and (in_store or pin.digest is not None or found.look.get(pin.version) is None)
+        )
+        return Known(
+            live=live.version if live and in_store else None,
+            versions=found.look.numbers,
+            pinned=pin.version if pin else None,
+            rejected=frozenset(self._quarantine.rejections),
+            waiting=self._quarantine.waiting(),
+            stray=live.version if live and not in_store else None,
+            pin_is_stray=pin_is_live and not in_store,
+            pin_is_foreign=found.pin_is_foreign and not pin_is_live,
+        )
+
+    def _conclude(self, status: str, *, about: int | None = None, quietly: bool = False) -> None:
+        """Note where things stand, with a line in the log unless the same status was just logged."""
+        why = self._quarantine.why(about) if about is not None else None
+        if why:
+            status = f"{status}: {why}"
+        if status != self._standing.status and not quietly:
+            log.info("watching", status=status)
+        self._standing = replace(self._standing, status=status)
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    async def _load(self, version: int, found: Survey) -> bool:
+        """Load a version and let it go live, or note why not. Returns whether it went live."""
+        attempt = _Attempt(self._history.holder(version), found.manifests.get(version))
+        try:
+            servable = await self._prove(attempt, found)
+        except BadVersion as error:
+            self._quarantine.reject(version, error, attempt.stamp, attempt.stamps)
+            self._note_rejection(attempt.identity, error, attempt.timings_s)
+            return False
+        except Hung as error:
+            self._set_back(attempt, f"loading it is given up: {error}", hangs=error.hangs)
+            return False
+        except (Blocked, StoreError, MemoryError) as error:
+            self._set_back(attempt, str(error) or "out of memory")
+            return False
+        except Exception as error:  # whatever it is, other versions may load
+            log.exception("loading failed", version=version)
+            self._set_back(attempt, f"{type(error).__name__}: {error}")
+            return False
+        finally:
+            attempt.over = True
+        self._go_live(servable, attempt.timings_s)
+        return True
+
+    async def _prove(self, attempt: "_Attempt", found: Survey) -> Servable:
+        loop = asyncio.get_running_loop()
+        candidate = await self._loading.run(lambda: self._loader.read(attempt.identity.version), self._load_timeout_s)
+        manifest = candidate.manifest
+        attempt.identity, attempt.stamps = manifest.identity, candidate.stamps
+        self._history.identify(
+            manifest.identity, attempt.stamp, digest=manifest.weights.digest, step=manifest.training.step
+        )
+
+        def enter(state: State) -> None:
+            loop.call_soon_threadsafe(self._enter, attempt, state)
+
+        return await self._loading.run(
+            lambda: self._loader.load(
+                candidate, found.look, live=self._slot.current, enter=enter, timings_s=attempt.timings_s
+            ),
+            self._load_timeout_s,
+        )
+
+    def _enter(self, attempt: "_Attempt", state: State) -> None:
+        if not attempt.over:  # what was given up may go on for a while
+            self._history.enter(attempt.identity, state)
+
+    def _set_back(self, attempt: "_Attempt", why: str, *, hangs: Callable[[], bool] | None = None) -> None:
+        version = attempt.identity.version
+        if self._quarantine.why(version) != why:
+            log.warning("version failed for now", version=version, why=why, timings_s=attempt.timings_s)
+        self._quarantine.set_back(version, why, attempt.stamp, hangs=hangs)
+        self._metrics.load_retries.inc()
+        record = self._history.get(attempt.identity)
+        if record is not None and record.state in LOADING:
+            self._history.enter(attempt.identity, State.DISCOVERED, timings_s=attempt.timings_s)
+
+    def _note_rejection(self, identity: Identity, error: BadVersion, timings_s: Mapping[str, float]) -> None:
+        self._metrics.rejected.labels(reason=error.reason).inc()
+        self._history.enter(identity, State.REJECTED, reason=error.reason, detail=error.detail, timings_s=timings_s)
+        live = self._slot.current
+        log.warning(
+            "version rejected",
+            version=identity.version,
+            reason=str(error.reason),
+            detail=shorten(error.detail),
+            timings_s=dict(timings_s),
+            live=live.version if live else None,
+        )
+
+    def _go_live(self, servable: Servable, timings_s: Mapping[str, float]) -> None:
+        before = self._slot.swap(servable)
+        if before is not None:
+            self._history.enter(before.manifest.identity, State.PREVIOUS)
+            loop = asyncio.get_running_loop()
+            weakref.finalize(before, _call_soon, loop, self._retire, before.manifest.identity).atexit = False
+        self._history.enter(servable.manifest.identity, State.LIVE, timings_s=timings_s)
+        self._standing = replace(self._standing, in_store=True)
+        self._metrics.went_live(servable, timings_s)
+        self._note_skew(servable, before)
+        log.info(
+            "version live",
+            version=servable.version,
+            digest=servable.digest,
+            step=servable.manifest.training.step,
+            previous=before.version if before else None,
+            publish_to_served_s=round(servable.publish_to_served_s, 4),
+            drift=servable.drift,
+            timings_s=dict(timings_s),
+        )
+
+    def _note_skew(self, servable: Servable, before: Servable | None) -> None:
+        skew_s = servable.manifest.skew_s(servable.loaded_at)
+        was_s = before.manifest.skew_s(before.loaded_at) if before else 0.0
+        if skew_s > _NOTABLE_SKEW_S >= was_s:
+            log.warning(
+                "the publisher's clock is ahead of this one",
+                version=servable.version,
+                seconds=round(skew_s, 3),
+                help="set both clocks by NTP; until then the ages of versions cannot be told",
+            )
+
+    def _retire(self, identity: Identity) -> None:
+        record = self._history.get(identity)
+        if record is not None and record.state is State.PREVIOUS:  # a version can be live again by then
+            self._history.enter(identity, State.RETIRED)
+
+
+@dataclass
+class _Attempt:
+    """One try to load a version."""
+
+    identity: Identity
+    stamp: str | None
+    stamps: Stamps | None = None
+    timings_s: dict[str, float] = field(default_factory=dict)
+    over: bool = False
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[Identity], None], identity: Identity) -> None:
+    """Have the event loop do something. Called when an object is collected, on whichever thread that happens."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the service has ended
+        loop.call_soon_threadsafe(call, identity)

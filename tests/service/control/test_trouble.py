@@ -1,0 +1,168 @@
+"""Versions that cannot be loaded for now: what is short, unreadable or hangs is passed over, and tried again."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import pytest
+
+from emaswap import DirectoryStore, Unreadable
+from emaswap.store.directory import Directory
+from tests.conftest import Publish
+from tests.publishing.test_variants import published
+from tests.serving import ADMIN, Served, serve, wait_for
+from tests.troubled_models import SHORTAGES, TRUST, Troubled, Untroubled, trouble
+
+ROW = [[1.0, 2.0, 3.0]]
+
+
+@pytest.fixture(autouse=True)
+def trouble_ends() -> Iterator[None]:
+    """Whatever trouble a test makes, it ends with it."""
+    yield
+    trouble.factory = trouble.forward = None
+    trouble.factory_hangs = trouble.forward_hangs = False
+    trouble.over.set()
+    trouble.over = threading.Event()
+
+
+@contextmanager
+def serving(store: DirectoryStore, **settings: Any) -> Iterator[Served]:
+    """A service over a store that may hold troubled models."""
+    with serve(store=str(store.root), trust=TRUST, **({"poll_s": 0.05} | settings)) as served:
+        yield served
+
+
+def assert_answers_with(served: Served, version: int) -> None:
+    """The service answers, and it is this version that does."""
+    answer = served.predict(ROW)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["X-Model-Version"] == str(version)
+
+
+# -- what is short ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["factory", "forward"])
+@pytest.mark.parametrize("what", SHORTAGES)
+def test_what_is_short_for_a_while_rejects_no_version(
+    store: DirectoryStore, publish: Publish, where: str, what: str
+) -> None:
+    """The older version serves meanwhile, the retries are counted, and the version goes live when the shortage ends."""
+    publish()
+    publish(Troubled())
+    setattr(trouble, where, SHORTAGES[what])
+    with serving(store) as served:
+        served.wait_until_live(1)
+        wait_for(lambda: served.metric("emaswap_load_retries_total") >= 2, what="two retries")
+        assert served.states()[2]["state"] != "rejected"
+        assert "version 2 could not be loaded" in served.client.get("/model/versions").json()["status"]
+        setattr(trouble, where, None)
+        served.wait_until_live(2)
+        assert not any("rejected" in state["state"] for state in served.states().values())
+
+
+def test_an_operator_need_not_wait_for_the_next_retry(store: DirectoryStore, publish: Publish, tmp_path: Any) -> None:
+    """A refresh tries again at once what failed for now."""
+    (tmp_path / "token").write_text("correct horse")
+    publish()
+    publish(Troubled())
+    trouble.factory = MemoryError()
+    with serving(store, admin_token_file=tmp_path / "token", poll_s=3600) as served:
+        wait_for(lambda: served.metric("emaswap_load_retries_total") >= 3, what="three retries")
+        trouble.factory = None
+        assert served.client.post("/model/refresh", headers=ADMIN).json()["live"] == 2
+
+
+def test_a_factory_that_is_just_wrong_is_rejected(store: DirectoryStore, publish: Publish) -> None:
+    """A file that a factory does not find is no shortage, and neither is any other error of its own."""
+    publish()
+    publish(Troubled())
+    trouble.factory = FileNotFoundError(2, "No such file or directory", "vocabulary.txt")
+    with serving(store) as served:
+        assert served.wait_until_rejected(2)["reason"] == "factory_failed"
+        served.wait_until_live(1)
+
+
+# -- what cannot be read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["versions", "weights", "probes"])
+def test_one_file_that_cannot_be_read_hides_no_other_version(
+    store: DirectoryStore, publish: Publish, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """A service that starts while a file of the newest version is unreadable serves the one before, and then it."""
+    publish()
+    second = publish()
+    stem = {"versions": "00000002", "weights": second.weights.digest, "probes": second.probe.digest}[folder]
+    unreadable = [stem.replace(":", "-")]
+    real = Directory.open
+
+    def open_(self: Directory, key: str) -> BinaryIO:
+        if any(key.startswith(f"{folder}/{name}") for name in unreadable):
+            raise Unreadable(f"cannot read {key}: Permission denied")
+        return real(self, key)
+
+    monkeypatch.setattr(Directory, "open", open_)
+    with serving(store) as served:
+        served.wait_until_live(1)
+        assert_answers_with(served, 1)
+        assert served.client.get("/readyz").status_code == 200
+        assert "Permission denied" in served.client.get("/model/versions").json()["status"]
+        assert served.metric("emaswap_store_errors_total") == 0
+        unreadable.clear()
+        served.wait_until_live(2)
+
+
+def test_a_variant_that_was_repaired_is_tried_again(store: DirectoryStore) -> None:
+    """A service of a variant notices when the variant's own file has other bytes."""
+    published(store)
+    digest = store.manifest(1).variants["long"].weights.digest
+    path = store.root / "weights" / f"{digest.replace(':', '-')}.safetensors"
+    right = path.read_bytes()
+    path.write_bytes(right[:-1] + b"\x01")
+    with serving(store, variant="long") as served:
+        assert served.wait_until_rejected(1)["reason"] == "digest_mismatch"
+        path.write_bytes(right)
+        served.wait_until_live(1)
+
+
+# -- what hangs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["factory_hangs", "forward_hangs"])
+def test_a_load_that_hangs_is_given_up(store: DirectoryStore, publish: Publish, where: str) -> None:
+    """The older version serves, the status tells, later versions load, and what hung is tried once it has ended."""
+    publish()
+    publish(Troubled())
+    setattr(trouble, where, True)
+    with serving(store, load_timeout_s=0.3) as served:
+        served.wait_until_live(1)
+        status = served.client.get("/model/versions").json()["status"]
+        assert "version 2 could not be loaded" in status
+        assert "not done within 0.3 s" in status
+        assert served.metric("emaswap_hung_loads") == 1
+        assert served.states()[2]["state"] == "discovered"
+        time.sleep(1)  # many looks
+        assert served.metric("emaswap_load_retries_total") == 1
+        setattr(trouble, where, False)
+        trouble.over.set()
+        served.wait_until_live(2)
+        assert served.metric("emaswap_hung_loads") == 0
+
+
+def test_the_watch_goes_on_beside_a_load_that_hangs(store: DirectoryStore, publish: Publish) -> None:
+    """A version that is published after one whose load hangs goes live."""
+    publish()
+    with serving(store, load_timeout_s=0.3) as served:
+        served.wait_until_live(1)
+        module = Troubled()
+        served.wait_until_live(publish(module).version)
+        trouble.factory_hangs = True
+        publish(module)
+        later = publish(Untroubled())
+        served.wait_until_live(later.version)
+        assert_answers_with(served, later.version)
+        assert served.metric("emaswap_hung_loads") == 1
