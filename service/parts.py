@@ -37,6 +37,7 @@ class Service:
             trusted=settings.trusted,
             device=pick_device(settings.device),
             variant=settings.variant,
+            max_bytes=settings.max_model_bytes,
         )
         self.conductor = Conductor(
             self.slot,

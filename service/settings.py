@@ -38,7 +38,7 @@ class ServiceSettings(CommandSettings):
         300.0, gt=0, le=86400, description="Seconds that loading a version may take; then it is given up."
     )
     max_model_bytes: int | None = Field(
-        None, ge=1, description="Largest weights file to load; without it, what this process has memory for."
+        None, ge=1, description="Largest weights file to load, in bytes; a version with a larger one is rejected."
     )
     max_body_bytes: int = Field(8 << 20, ge=1, description="Largest request body; a larger one is answered 413.")
     max_batch_rows: int = Field(512, ge=1, description="Most rows of one request, and of one batch of requests.")

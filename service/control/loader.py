@@ -31,9 +31,17 @@ class Loader:
     """Loads versions from one store, for one device, from trusted factories. All of it blocks."""
 
     def __init__(
-        self, store: Store, *, trusted: Sequence[str], device: torch.device, variant: str | None = None
+        self,
+        store: Store,
+        *,
+        trusted: Sequence[str],
+        device: torch.device,
+        variant: str | None = None,
+        max_bytes: int | None = None,
     ) -> None:
+        """Load weights files of at most `max_bytes`, of any size by default."""
         self.store = store
+        self._max_bytes = max_bytes
         self._line = Line(store)
         self._trusted = tuple(trusted)
         self._device = device
@@ -88,6 +96,7 @@ class Loader:
         try:
             with stage(State.FETCHING):
                 manifest = manifest.of_variant(self._variant)
+                self._check_size(manifest)
                 fetched = self.store.fetch(manifest)
             with stage(State.VERIFYING):
                 module = proof.verify(manifest, fetched, trusted=self._trusted, device=self._device)
@@ -104,3 +113,10 @@ class Loader:
                 raise Missing(f"version {manifest.version} was pruned while it was being read") from None
             raise
         return Servable(manifest, module, fetched.probe, self._device, datetime.now(UTC), moved)
+
+    def _check_size(self, manifest: Manifest) -> None:
+        if self._max_bytes is not None and manifest.weights.size > self._max_bytes:
+            raise BadVersion(
+                Reason.TOO_LARGE,
+                f"its weights file has {manifest.weights.size} bytes, and --max-model-bytes allows {self._max_bytes}",
+            )

@@ -166,3 +166,12 @@ def test_the_watch_goes_on_beside_a_load_that_hangs(store: DirectoryStore, publi
         served.wait_until_live(later.version)
         assert_answers_with(served, later.version)
         assert served.metric("emaswap_hung_loads") == 1
+
+
+def test_a_model_that_is_too_large_is_rejected(store: DirectoryStore, publish: Publish) -> None:
+    """The limit is looked at before the weights are read, and the reason names both sizes."""
+    size = publish().weights.size
+    with serve(store=str(store.root), poll_s=0.05, max_model_bytes=size - 1) as served:
+        assert served.wait_until_rejected(1)["reason"] == "too_large"
+    with serve(store=str(store.root), poll_s=0.05, max_model_bytes=size) as served:
+        served.wait_until_live(1)
