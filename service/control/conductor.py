@@ -9,10 +9,11 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 
 import structlog
 
-from emaswap import BadVersion, Identity, Reason, StoreError
+from emaswap import BadVersion, Identity, Missing, Reason, StoreError
 from service.control.lane import Blocked, Hung, Lane
 from service.control.lifecycle import LOADING, History, State
 from service.control.loader import Loader
@@ -108,8 +109,9 @@ class Conductor:
                 self._conclude(action.why, about=action.about, quietly=loads > 0)
                 return self._next_retry_s()
             self._standing = replace(self._standing, status=f"loading version {action.version}")
-            went_live = await self._load(action.version, found)
-            if not went_live and time.monotonic() - looked_at > _LOOK_LASTS_S:
+            outcome = await self._load(action.version, found)
+            out_of_date = time.monotonic() - looked_at > _LOOK_LASTS_S
+            if outcome is _Outcome.GONE or (outcome is _Outcome.FAILED and out_of_date):
                 found = await self._look()
                 looked_at = time.monotonic()
         return min(_REST_PER_WORK * (time.monotonic() - began), _LONGEST_REST_S)
@@ -187,29 +189,32 @@ class Conductor:
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    async def _load(self, version: int, found: Survey) -> bool:
-        """Load a version and let it go live, or note why not. Returns whether it went live."""
+    async def _load(self, version: int, found: Survey) -> "_Outcome":
+        """Load a version and let it go live, or note why not. Return how it ended."""
         attempt = _Attempt(self._history.holder(version), found.manifests.get(version))
         try:
             servable = await self._prove(attempt, found)
         except BadVersion as error:
             self._quarantine.reject(version, error, attempt.stamp, attempt.stamps)
             self._note_rejection(attempt.identity, error, attempt.timings_s)
-            return False
+            return _Outcome.FAILED
         except Hung as error:
             self._set_back(attempt, f"loading it is given up: {error}", hangs=error.hangs)
-            return False
+            return _Outcome.FAILED
+        except Missing as error:
+            self._set_back(attempt, str(error))
+            return _Outcome.GONE
         except (Blocked, StoreError, MemoryError) as error:
             self._set_back(attempt, str(error) or "out of memory")
-            return False
+            return _Outcome.FAILED
         except Exception as error:  # whatever it is, other versions may load
             log.exception("loading failed", version=version)
             self._set_back(attempt, f"{type(error).__name__}: {error}")
-            return False
+            return _Outcome.FAILED
         finally:
             attempt.over = True
         self._go_live(servable, attempt.timings_s)
-        return True
+        return _Outcome.LIVE
 
     async def _prove(self, attempt: "_Attempt", found: Survey) -> Servable:
         loop = asyncio.get_running_loop()
@@ -293,6 +298,14 @@ class Conductor:
         record = self._history.get(identity)
         if record is not None and record.state is State.PREVIOUS:  # a version can be live again by then
             self._history.enter(identity, State.RETIRED)
+
+
+class _Outcome(Enum):
+    """How a load ended. A version that is gone was pruned: then others of the same look may be gone, too."""
+
+    LIVE = auto()
+    FAILED = auto()
+    GONE = auto()
 
 
 @dataclass
