@@ -1,7 +1,8 @@
 """`emaswap`: look into a store, and pin, unpin and prune what is in it."""
 
+import json
 import sys
-import time
+from datetime import UTC, datetime
 from typing import Annotated
 
 import torch
@@ -9,10 +10,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
-from emaswap.errors import BadVersion, EmaswapError, Missing
+from emaswap.errors import BadVersion, EmaswapError, Missing, Unreadable
 from emaswap.release import __version__
 from emaswap.store import Store, open_store
+from emaswap.store.line import Line
+from emaswap.store.look import Look
 from emaswap.store.retention import Retention
 from emaswap.versions import proof
 from emaswap.versions.architecture import TRUSTED_BY_DEFAULT
@@ -31,7 +35,7 @@ def main() -> None:
     try:
         app()
     except EmaswapError as error:
-        print(f"emaswap: {error}", file=sys.stderr)
+        print(f"emaswap: {_printable(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -65,8 +69,8 @@ def ls(store: Location) -> None:
         notes = "pinned" if (pin := look.pin) and pin.version == version else ""
         try:
             manifest = found.manifest(version)
-        except (BadVersion, Missing) as error:
-            table.add_row(str(version), *[""] * 6, f"cannot be read: {error}")
+        except (BadVersion, Missing, Unreadable) as error:
+            table.add_row(str(version), *[""] * 6, _plain(f"cannot be read: {error}"))
             continue
         if manifest.weights.digest not in stored:
             notes = f"{notes} weights pruned".strip()
@@ -77,7 +81,8 @@ def ls(store: Location) -> None:
 @app.command()
 def show(store: Location, version: Number) -> None:
     """Print a version's manifest."""
-    sys.stdout.write(open_store(store).manifest(version).encode().decode())
+    lines = open_store(store).manifest(version).encode().decode().splitlines()
+    sys.stdout.writelines(f"{_printable(line)}\n" for line in lines)
 
 
 @app.command()
@@ -88,13 +93,14 @@ def verify(
         list[str] | None, typer.Option(help="Factory to trust besides those of emaswap.models; may be repeated.")
     ] = None,
 ) -> None:
-    """Prove versions right as a service would: digests, schema, finite values, and the replayed probe."""
+    """Prove versions right as a service would: terms, digests, schema, finite values, and the replayed probe."""
     found = open_store(store)
+    look, line = found.look(), Line(found)
     trusted = (*TRUSTED_BY_DEFAULT, *(trust or ()))
     problems = []
-    for version in track(versions or found.versions(), "verifying", console=Console(stderr=True), transient=True):
-        problem = _problem(found, version, trusted)
-        console.print(f"version {version}: {problem or 'right'}", markup=False, soft_wrap=True)
+    for version in track(versions or look.numbers, "verifying", console=Console(stderr=True), transient=True):
+        problem = _problem(found, version, look, line, trusted)
+        console.print(_plain(f"version {version}: {problem or 'right'}"), soft_wrap=True)
         problems += [problem] if problem else []
     if problems:
         raise typer.Exit(1)
@@ -128,8 +134,17 @@ def prune(
     console.print(f"pruned {len(pruned)} versions and {len(orphans)} files that no version names")
 
 
-def _row(manifest: Manifest) -> list[str]:
-    age_s = time.time() - manifest.created_at.timestamp()
+def _printable(text: str) -> str:
+    """Return a text whose characters no terminal obeys: what a store holds may have been written to be printed."""
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
+def _plain(text: str) -> Text:
+    """Return a text that is shown as it is, whatever it would mean as markup or to a terminal."""
+    return Text(_printable(text))
+
+
+def _row(manifest: Manifest) -> list[str | Text]:
     metrics = [
         f"{name.removeprefix('ema_')} {value:.4g}"
         for name, value in manifest.training.metrics.items()
@@ -139,10 +154,10 @@ def _row(manifest: Manifest) -> list[str]:
         str(manifest.version),
         str(manifest.term),
         str(manifest.training.step),
-        f"{_duration(age_s)} ago",
+        f"{_duration(manifest.age_s(datetime.now(UTC)))} ago",
         f"{manifest.weights.size / 1e6:.1f}",
         manifest.weights.digest[:19],
-        ", ".join(metrics),
+        _plain(", ".join(metrics)),
     ]
 
 
@@ -153,15 +168,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _problem(store: Store, version: int, trusted: tuple[str, ...]) -> str:
-    """What is wrong with a version; empty when nothing is."""
+def _problem(store: Store, version: int, look: Look, line: Line, trusted: tuple[str, ...]) -> str:
+    """Return what is wrong with a version; empty when nothing is."""
     device = torch.device("cpu")
     try:
         whole = store.manifest(version)
+        line.check(whole, look)
         for manifest in (whole, *map(whole.of_variant, whole.variants)):
             fetched = store.fetch(manifest)
             module = proof.verify(manifest, fetched, trusted=trusted, device=device)
             proof.replay(manifest, fetched.probe, module, device=device)
-    except (BadVersion, Missing) as error:
+    except (BadVersion, Missing, Unreadable) as error:
         return str(error)
     return ""

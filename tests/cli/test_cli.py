@@ -2,16 +2,19 @@
 
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
-from emaswap import DirectoryStore, __version__, cli
+from emaswap import Architecture, DirectoryStore, Publisher, __version__, cli
 from emaswap.store.keys import tensors_key
 from emaswap.store.line import Term
 from tests.conftest import Publish
 from tests.forging import FORGERIES, commit
+from tests.models import Linear
 from tests.programs import run
 
 ALL = ["--trust", "tests.models.*"]
@@ -61,6 +64,60 @@ def test_verify_finds_the_bad_ones(store: DirectoryStore) -> None:
     verdicts = dict(re.findall(r"^version (\d): (\w+)", result.output, re.MULTILINE))
     assert verdicts == {"1": "right", "2": "digest_mismatch", "3": "probe_mismatch"}
     assert emaswap("verify", "--store", store.root, *ALL, 1).exit_code == 0
+
+
+def test_verify_rejects_a_zombies_version(store: DirectoryStore) -> None:
+    """What every service rejects as behind a higher term is not right here either."""
+    zombie = Term(store, "test")
+    commit(store, zombie)
+    commit(store, Term(store, "test"))
+    zombie.version = 2
+    commit(store, zombie)
+    result = emaswap("verify", "--store", store.root, *ALL)
+    verdicts = dict(re.findall(r"^version (\d): (\w+)", result.output, re.MULTILINE))
+    assert verdicts == {"1": "right", "2": "right", "3": "stale_term"}
+
+
+HOSTILE = "ema_[/x]\x1b[2J\x9b2J\u202e\u200b"
+
+
+@pytest.mark.parametrize("command", [["ls"], ["show", 1]], ids=["ls", "show"])
+def test_nothing_in_a_store_commands_the_terminal(store: DirectoryStore, command: list[object]) -> None:
+    """Control characters and markup in a metric's name are shown, not obeyed."""
+    with Publisher(store, name="test", architecture=Architecture.of(Linear), probe=torch.zeros(1, 3)) as publisher:
+        publisher.publish(Linear(), metrics={HOSTILE: 0.5})
+    result = emaswap(*command, "--store", store.root)
+    assert result.exit_code == 0
+    assert "[/x]" in result.output
+    assert all(character.isprintable() for line in result.output.splitlines() for character in line)
+
+
+def test_an_error_from_a_store_commands_no_terminal(tmp_path: Path) -> None:
+    """What goes to standard error is escaped, too."""
+    result = run("-m", "emaswap", "ls", "--store", "no\x1b[2Jwhere", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().isprintable()
+
+
+def test_one_file_that_cannot_be_read_hides_no_other(store: DirectoryStore, publish: Publish) -> None:
+    """A version whose manifest cannot be read has its line, and the others theirs."""
+    publish()
+    publish()
+    path = store.root / "versions" / "00000001.json"
+    path.unlink()
+    path.mkdir()
+    lines = emaswap("ls", "--store", store.root).output.strip().splitlines()
+    assert len(lines) == 3
+    assert "cannot be read" in lines[1]
+    assert "version 2: right" in emaswap("verify", "--store", store.root, *ALL).output
+
+
+def test_ages_are_never_negative(store: DirectoryStore, publish: Publish) -> None:
+    """A version whose publisher's clock is two hours ahead is 0 s old."""
+    manifest = publish()
+    ahead = manifest.model_copy(update={"created_at": manifest.created_at + timedelta(hours=2)})
+    (store.root / "versions" / "00000001.json").write_bytes(ahead.encode())
+    assert "0 s ago" in emaswap("ls", "--store", store.root).output
 
 
 def test_verify_trusts_no_more_than_it_is_told(store: DirectoryStore) -> None:
