@@ -42,6 +42,7 @@ class Forgery:
     file: Callable[[Path], None] = _untouched
     factory: str = ""
     raw_weights: bytes | None = None
+    tolerances: tuple[float, float] = (1e-4, 1e-5)
     manifest: Callable[[bytes], bytes] | None = None
 
 
@@ -71,7 +72,9 @@ def commit(store: DirectoryStore, term: Term, forgery: Forgery | None = None) ->
             weights=WeightsInfo(digest=weights.digest, size=weights.size, tensors=_table(tensors)),
             architecture=architecture,
             signature=signature,
-            probe=ProbeInfo(digest=probe.digest, size=probe.size, rtol=1e-4, atol=1e-5),
+            probe=ProbeInfo(
+                digest=probe.digest, size=probe.size, rtol=forgery.tolerances[0], atol=forgery.tolerances[1]
+            ),
             raw=raw,
         )
 
@@ -145,6 +148,12 @@ FORGERIES = {
     ),
     "NaN": Forgery(Reason.NOT_FINITE, weights=_with_nan),
     "wrong probe answer": Forgery(Reason.PROBE_MISMATCH, probe=_other_answers),
+    "wrong probe answer, and tolerances to let it pass": Forgery(
+        Reason.PROBE_MISMATCH, probe=_other_answers, tolerances=(1.0, 1e308)
+    ),
+    "random weights, and a probe of no rows": Forgery(
+        Reason.PROBE_FAILED, probe=lambda recorded: {name: value[:0] for name, value in recorded.items()}
+    ),
     "probe without inputs": Forgery(Reason.PROBE_FAILED, probe=_without("input/input")),
     "untrusted factory": Forgery(Reason.UNTRUSTED_FACTORY, factory="os:system"),
     "factory that is not there": Forgery(Reason.FACTORY_FAILED, factory="tests.models:Absent"),

@@ -74,7 +74,10 @@ class TrainingInfo(_Frozen):
 
 
 class ProbeInfo(Blob):
-    """The probe file, and how far |served − recorded| may go: at most atol + rtol·|recorded|."""
+    """The probe file, and how far |served − recorded| may go: at most atol + rtol·|recorded|.
+
+    A reader has tolerances of its own. What stands here can tighten them, and never loosen them.
+    """
 
     rtol: Annotated[float, Field(ge=0, le=1)]
     atol: Annotated[float, Field(ge=0, allow_inf_nan=False)]
