@@ -23,7 +23,7 @@ from emaswap.versions.signature import Inputs, Signature
 
 log = logging.getLogger(__name__)
 
-_WIDE, _NARROW = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
+_STORED_IN = (torch.float32, torch.bfloat16, torch.float16)
 # How far answers may differ for numerical reasons, as a fraction of the largest.
 _OTHER_ROWS = 0.05
 # A model that samples may draw the same sample twice.
@@ -74,14 +74,16 @@ def rehearse(
 
 
 def _built(architecture: Architecture, dtype: torch.dtype | None) -> nn.Module:
-    if dtype is not None and dtype not in (*_WIDE, *_NARROW):
-        raise PublishError(f"dtype={dtype}: weights are stored in one of {', '.join(map(str, (*_WIDE, *_NARROW)))}")
+    if dtype is not None and dtype not in _STORED_IN:
+        raise PublishError(
+            f"dtype={dtype}: expected one of {', '.join(map(str, _STORED_IN))}, or nothing to store what the factory builds"
+        )
     factory = architecture.factory
     if factory.startswith("__main__:"):
         raise PublishError(f"no service can import {factory}: move the class into a module of its own")
     try:
         module = build(architecture, trusted=[factory]).cpu()
-        if dtype in _WIDE:
+        if dtype == torch.float32:
             widen(module, dtype)
         # Nothing is stored; this says whether it could be.
         tensor_file.write(io.BytesIO(), {name: tensor.new_empty(0) for name, tensor in named_tensors(module).items()})
@@ -94,7 +96,7 @@ def _first_run(module: nn.Module, inputs: Inputs, signature: Signature | None) -
     """Return the signature and the inputs; floating-point inputs that do not run are converted to the weights' dtype."""
     if signature is not None:
         named = signature.name_inputs(_as_declared(inputs, signature))
-        signature.check_dtypes(signature.run(module, _copies(named)))
+        signature.check_outputs(signature.run(module, _copies(named)))
         return signature, named
     try:
         found = Signature.infer(module, inputs)
@@ -137,7 +139,8 @@ def _run_again(module: nn.Module, signature: Signature, inputs: dict[str, Tensor
     first = bound(_copies(inputs))
     draws = random_state != _random_state()
     for _ in range(_DRAWS if draws else 1):
-        again = bound(_copies(inputs))
+        with torch.inference_mode():  # as requests are answered
+            again = bound(_copies(inputs))
         if changed := [name for name, tensor in _state(module).items() if not _is_same(state.get(name), tensor)]:
             raise PublishError(
                 f"forward changes {', '.join(sorted(changed)[:5])} in eval mode, so that answers would depend on "

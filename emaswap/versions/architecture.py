@@ -97,11 +97,15 @@ class Architecture(BaseModel):
     arguments: Annotated[dict[str, JsonValue], BeforeValidator(_plain)] = {}
 
     @classmethod
-    def of(cls, factory: Any, **arguments: object) -> "Architecture":
+    def of(cls, factory: Any, /, *unnamed: object, **arguments: object) -> "Architecture":
         """Return the architecture of a class or function: `Architecture.of(Net, width=32)`.
 
-        Raises `EmaswapError` when a service could not import it, or an argument is no plain value.
+        Raises `EmaswapError` when a service could not import it, or an argument has no name or is no plain value.
         """
+        if unnamed:
+            raise EmaswapError(
+                f"give every argument of {_shown(factory)} by its name, as in Architecture.of(Net, width=32)"
+            )
         try:
             plain = _plain(arguments)
         except ValueError as error:

@@ -93,7 +93,7 @@ class Probe:
             raise EmaswapError("a probe of no rows proves nothing: give a few typical inputs")
         # Copies, because a module may work in place on what it is given.
         outputs = signature.run(module, {name: value.clone() for name, value in named.items()})
-        signature.check_dtypes(outputs)
+        signature.check_outputs(outputs)
         if bad := not_finite(outputs):
             raise EmaswapError(f"the model answers its own probe with values that are not finite: {', '.join(bad)}")
         return cls(named, outputs)

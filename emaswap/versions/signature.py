@@ -133,11 +133,14 @@ class Signature(BaseModel):
             )
         return {name: named[name] for name in wanted}
 
-    def check_dtypes(self, outputs: Mapping[str, Tensor]) -> None:
-        """Raise `ValueError` when outputs, by name, are not of the dtypes that the signature says."""
+    def check_outputs(self, outputs: Mapping[str, Tensor]) -> None:
+        """Raise `ValueError` when outputs, by name, are not dense, or not of the dtypes that the signature says."""
         for field in self.outputs:
-            if outputs[field.name].dtype != field.torch_dtype:
-                came = dtype_name(outputs[field.name].dtype)
+            output = outputs[field.name]
+            if output.layout != torch.strided:
+                raise ValueError(f"output {field.name!r} is {output.layout}, expected a dense tensor")
+            if output.dtype != field.torch_dtype:
+                came = dtype_name(output.dtype)
                 raise ValueError(f"output {field.name!r}: the signature says {field.dtype}, the module returns {came}")
 
     def bind(self, module: nn.Module, *, strict: bool = False) -> "Bound":
@@ -190,6 +193,8 @@ def _field_of(kind: str, name: str, batch: object, rows: int, returned: str) -> 
             f"{kind} {name!r} is a {type(batch).__name__}, expected a tensor{returned}. "
             "Give a Signature that names the outputs to serve, or wrap the module in one that returns these alone"
         )
+    if batch.layout != torch.strided:
+        raise TypeError(f"{kind} {name!r} is {batch.layout}, which cannot be served: make it dense by .to_dense()")
     dtype = dtype_name(batch.dtype)
     if dtype not in get_args(DType):
         raise TypeError(f"{kind} {name!r} is {dtype}, which cannot be served: convert it to one of {get_args(DType)}")

@@ -79,6 +79,13 @@ class Cache:
     """Something that a module may return beside its answers."""
 
 
+def differentiated(self: Doing, out: Tensor) -> Tensor:
+    """Returns a gradient, as energy models do."""
+    with torch.enable_grad():
+        rows = out.detach().requires_grad_()
+        return torch.autograd.grad(rows.square().sum(), rows)[0]
+
+
 DOINGS: dict[str, Callable[[Doing, Tensor], object]] = {
     "dropout in forward": lambda self, out: functional.dropout(out, 0.5),
     "noise": lambda self, out: out + torch.randn_like(out),
@@ -91,6 +98,8 @@ DOINGS: dict[str, Callable[[Doing, Tensor], object]] = {
     "a new counter": counted_anew,
     "its weights": trained,
     "a cache": cached,
+    "a gradient": differentiated,
+    "a sparse tensor": lambda self, out: out.to_sparse(),
     "a text": lambda self, out: "text",
     "nothing": lambda self, out: None,
     "lists": lambda self, out: out.tolist(),
@@ -125,6 +134,8 @@ def publisher_of(store: DirectoryStore, what: str, **options: Any) -> Publisher:
         ("a counter", "changes steps in eval mode.*only `if self.training`"),
         ("a new counter", "changes steps in eval mode"),
         ("its weights", r"changes layer\.weight in eval mode"),
+        ("a gradient", "does not require grad"),
+        ("a sparse tensor", "'output' is torch.sparse_coo, which cannot be served"),
         ("a text", "'output' is a str, expected a tensor"),
         ("nothing", "forward returned None, expected a tensor"),
         ("lists", "is a list, expected a tensor"),
@@ -168,9 +179,10 @@ class Exotic(Linear):
         ({"name": ""}, "name must be a string of 1 to 200 characters"),
         ({"name": "x" * 201}, "name must be a string of 1 to 200 characters"),
         ({"name": Linear()}, "name must be a string of 1 to 200 characters"),
-        ({"dtype": torch.int8}, "dtype=torch.int8: weights are stored in one of torch.float64"),
-        ({"dtype": torch.float8_e4m3fn}, "dtype=torch.float8_e4m3fn: weights are stored in one of"),
-        ({"dtype": "bfloat16"}, "dtype=bfloat16: weights are stored in one of"),
+        ({"dtype": torch.int8}, "dtype=torch.int8: expected one of torch.float32, torch.bfloat16"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype=torch.float8_e4m3fn: expected one of"),
+        ({"dtype": torch.float64}, "dtype=torch.float64: expected one of"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16: expected one of"),
     ],
     ids=[
         "a class",
@@ -182,6 +194,7 @@ class Exotic(Linear):
         "a model for a name",
         "an integer dtype",
         "a dtype that is too narrow",
+        "a dtype that is too wide",
         "a dtype's name",
     ],
 )

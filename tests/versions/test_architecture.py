@@ -283,6 +283,13 @@ def test_an_argument_that_is_no_plain_value_is_named(given: object, problem: str
         Architecture(factory="a:b", arguments={"config": given})
 
 
+def test_arguments_have_names() -> None:
+    """Positional arguments are refused, and any name is free for an argument of the factory."""
+    with pytest.raises(EmaswapError, match="give every argument of Linear by its name"):
+        Architecture.of(Linear, 3)
+    assert Architecture.of(Linear, factory=1, cls=2).arguments == {"factory": 1, "cls": 2}
+
+
 def test_arguments_without_end_are_refused() -> None:
     """A list that holds itself is refused like one that is nested too deep."""
     endless: list[object] = []
