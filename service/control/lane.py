@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import functools
 import threading
 import traceback
@@ -32,7 +31,7 @@ class Blocked(Exception):
 class Lane:
     """Runs work off the event loop. A piece that takes too long is left behind with its thread, and the next has another."""
 
-    def __init__(self, name: str, *, most_hung: int = 8) -> None:
+    def __init__(self, name: str, *, most_hung: int = 4) -> None:
         """`name` is that of the threads; at most `most_hung` of them may hang."""
         self._name = name
         self._most_hung = most_hung
@@ -78,7 +77,7 @@ class Lane:
             self._thread = None
 
     def _leave_behind(self, thread: "_Thread") -> None:
-        thread.give_up()
+        thread.end()
         self._left.append(thread)
         self._thread = None
 
@@ -99,17 +98,7 @@ class _Thread(threading.Thread):
         """End once the work that was begun is done."""
         self._jobs.put(None)
 
-    def give_up(self) -> None:
-        """End as soon as possible: what hangs in Python code, an endless loop say, is interrupted; what waits is not."""
-        self.end()
-        if self.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit))
-
     def run(self) -> None:
-        with contextlib.suppress(SystemExit):  # raised by `give_up`
-            self._take_jobs()
-
-    def _take_jobs(self) -> None:
         give_way()
         while job := self._jobs.get():
             work, done = job

@@ -24,12 +24,6 @@ class Weights:
     """Something large."""
 
 
-def spin() -> None:
-    """Run Python code that does not end."""
-    while True:
-        pass
-
-
 def test_work_runs_on_one_other_thread(lane: Lane) -> None:
     """Results come back, and all work shares one thread that is not the event loop's."""
 
@@ -103,17 +97,6 @@ def test_work_that_takes_too_long_is_given_up_and_the_next_runs(lane: Lane) -> N
     end.set()
     wait_for(lambda: not hung.hangs(), what="the end of the work")
     assert lane.hung == 0
-
-
-def test_an_endless_loop_is_interrupted(lane: Lane) -> None:
-    """Python code that never ends does not go on using a core after it was given up."""
-
-    async def main() -> None:
-        with pytest.raises(Hung):
-            await lane.run(spin, 0.05)
-
-    asyncio.run(main())
-    wait_for(lambda: lane.hung == 0, what="the end of the loop")
 
 
 def test_no_more_threads_are_left_behind_than_may_hang(lane: Lane) -> None:
