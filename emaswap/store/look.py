@@ -88,6 +88,14 @@ def seen(files: Files) -> tuple[Seen, ...]:
     return tuple(found[version] for version in sorted(found))
 
 
+def including(files: Files, versions: tuple[Seen, ...], version: int) -> tuple[Seen, ...]:
+    """Return versions that were listed, with one more that may have been committed since, if it is there."""
+    if any(each.version == version for each in versions) or not (entry := _entry(files, version)):
+        return versions
+    further = Seen(version, entry.stamp, entry.age_s)
+    return tuple(sorted((*versions, further), key=lambda each: each.version))
+
+
 def hint(files: Files) -> int:
     """Return what CURRENT says; 0 when it is not there, says nothing that can be understood, or cannot be read."""
     try:

@@ -56,9 +56,10 @@ class Store:
 
     def look(self) -> Look:
         """Look at the whole store once: its versions, from one listing, and the pin in force."""
-        # The pin comes first, so that what it names is in the listing if it is in the store.
+        # The pin comes last: an order that was given before a version was committed holds wherever that version is seen.
+        versions = look.seen(self.files)
         pin = self.orders.pin()
-        return Look(look.seen(self.files), pin)
+        return Look(look.including(self.files, versions, pin.version) if pin else versions, pin)
 
     def versions(self) -> list[int]:
         """Return the numbers of all committed versions, ascending."""
