@@ -1,15 +1,18 @@
 # Every target does its own set-up: a virtual environment in .venv with the versions that constraints.txt pins.
 # PYTHON chooses the interpreter (3.11 or later). Only CPU wheels of torch are wanted? Name an index that has them in
-# pip's own variable PIP_EXTRA_INDEX_URL.
+# pip's own variable PIP_EXTRA_INDEX_URL. WORKERS is how many tests run at once; 0 runs them in one process.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
-TESTED := .venv/tested
+MEASURED := .venv/measured
 PEERS := .venv-peers
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
+QUICK := not long and not soak and not engine and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-engine test-peers check bench compare format clean
+.PHONY: help demo test test-long test-engine test-peers soak check bench compare format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,14 +27,21 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## trainer and service together on real data, for about a minute
 	$(BIN)/python demo.py
 
-test: $(INSTALLED) ## the tests; they leave the branch coverage that `make check` looks at
+test: $(INSTALLED) ## the tests; COVERAGE=1 also measures the branch coverage that `make check` looks at
+ifeq ($(COVERAGE),)
+	$(BIN)/python $(PYTEST) -m '$(QUICK)'
+else
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m 'not long and not engine and not peers'
+	$(BIN)/coverage run $(PYTEST) -m '$(QUICK)'
 	@$(BIN)/coverage combine --quiet
-	@touch $(TESTED)
+	@touch $(MEASURED)
+endif
 
-test-long: $(INSTALLED) ## the tests that take minutes
-	$(BIN)/python -m pytest -m long
+test-long: $(INSTALLED) ## the tests that take minutes, and a twentieth of what `make soak` does
+	$(BIN)/python $(PYTEST) -m 'long or soak'
+
+soak: $(INSTALLED) ## the tests that count in thousands, whole, in about eight minutes: writes benchmarks/results/soak.json
+	SOAK=1 $(BIN)/python -m pytest -m soak
 
 test-engine: $(INSTALLED) ## the tests in a Docker engine, which they start themselves if none runs
 	$(BIN)/python -m pytest -m engine
@@ -45,11 +55,11 @@ $(PEERS)/installed: pyproject.toml constraints.txt constraints-peers.txt
 		--editable '.[service,trainer,dev,peers]'
 	@touch $@
 
-# Newer than all that was tested: then the tests need not run again.
-$(TESTED): $(shell git ls-files '*.py' '*.md' pyproject.toml constraints.txt 2>/dev/null)
-	$(MAKE) test
+# Newer than all that was measured: then the tests need not run again.
+$(MEASURED): $(shell git ls-files '*.py' '*.md' pyproject.toml constraints.txt 2>/dev/null)
+	$(MAKE) test COVERAGE=1
 
-check: $(INSTALLED) $(TESTED) ## lint, types, coverage; and the tests, unless they have passed since the last change
+check: $(INSTALLED) $(MEASURED) ## lint, types, coverage; and the tests, unless `COVERAGE=1 make test` has passed since
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -1,5 +1,6 @@
 """Fixtures: a store in a directory, publishing into it, and real services over it."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,12 +11,21 @@ from torch import nn
 
 from emaswap import Architecture, DirectoryStore, Manifest, Publisher, Signature
 from tests.models import Linear
+from tests.nursery import ADDRESS
+from tests.programs import nursery_address
 from tests.serving import Served, serve
 
 torch.set_num_threads(1)
 # How long an example takes depends on what else the machine does.
 settings.register_profile("emaswap", deadline=None)
 settings.load_profile("emaswap")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the nursery that all workers share, where there are workers."""
+    if config.getoption("numprocesses", None):
+        os.environ[ADDRESS] = nursery_address()
+
 
 Publish = Callable[..., Manifest]
 

@@ -1,6 +1,6 @@
-"""Python programs that tests run: processes of their own that start in milliseconds, since they are forked.
+"""Python programs that tests run: forked from the nursery in milliseconds, or in an interpreter of their own in seconds.
 
-They do not begin as an interpreter does: what is about that is tested with `subprocess` and `sys.executable`.
+A forked program has been imported before it begins. What depends on how an interpreter starts or ends wants a real one.
 """
 
 import atexit
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @cache
-def _nursery() -> str:
-    """The address of the nursery: the one this process comes from, or its own, started now, that ends with it."""
+def nursery_address() -> str:
+    """Return the address of the nursery: the one that the environment names, or a new one that ends with this process."""
     if inherited := os.environ.get(ADDRESS):
         return inherited
     address = f"emaswap-tests-{secrets.token_hex(8)}"
@@ -45,14 +45,20 @@ def _nursery() -> str:
 
 
 def interpreter(
-    *arguments: str, env: Mapping[str, str] | None = None, stdout: IO[str] | int, stderr: IO[str] | int
+    *arguments: str,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    stdout: IO[str] | int,
+    stderr: IO[str] | int,
 ) -> "subprocess.Popen[str]":
-    """`python ARGUMENTS...` in an interpreter of its own, for what depends on how one starts and ends."""
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=stdout, stderr=stderr, text=True)
+    """Start `python ARGUMENTS...` in an interpreter of its own, for what depends on how one starts and ends."""
+    environment = {**(os.environ if env is None else env), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=stdout, stderr=stderr, text=True)
 
 
 class Program:
-    """`python ARGUMENTS...` in a process of its own, to be handled as a `subprocess.Popen`. It reads no input."""
+    """`python ARGUMENTS...` in a forked process, which is handled as a `subprocess.Popen` is. It reads no input."""
 
     def __init__(
         self,
@@ -67,7 +73,7 @@ class Program:
         self.returncode: int | None = None
         self.stdout: IO[str] | None = None
         self._lock = threading.Lock()
-        address = _nursery()
+        address = nursery_address()
         request = {
             "arguments": arguments,
             "folder": str(cwd),
@@ -87,7 +93,7 @@ class Program:
             self.pid = int(self._connection.recv(32))
 
     def poll(self) -> int | None:
-        """The exit status, if the process has ended: negative, the number of the signal that ended it."""
+        """Return the exit status if the process has ended: that of a signal is its number, negative."""
         with self._lock:
             if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
                 self.returncode = int(self._connection.recv(32) or "70")  # nothing comes if the nursery has died
@@ -95,7 +101,7 @@ class Program:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status, once the process has ended. Raises `subprocess.TimeoutExpired`."""
+        """Return the exit status once the process has ended. Raises `subprocess.TimeoutExpired`."""
         if self.returncode is None:
             select.select([self._connection], [], [], timeout)
         if (status := self.poll()) is None:
@@ -123,10 +129,15 @@ def run(
     env: Mapping[str, str] | None = None,
     check: bool = False,
     timeout: float | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS...` to its end, as `subprocess.run` does with `capture_output`."""
+    """Run `python ARGUMENTS...` to its end, as `subprocess.run` does with `capture_output`.
+
+    It is forked from the nursery, unless it is to be `fresh`: in an interpreter of its own.
+    """
+    start = interpreter if fresh else Program
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        program = Program(*arguments, cwd=cwd, env=env, stdout=output, stderr=errors)
+        program = start(*arguments, cwd=cwd, env=env, stdout=output, stderr=errors)
         try:
             status = program.wait(timeout)
         finally:

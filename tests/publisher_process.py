@@ -1,7 +1,7 @@
 """A publisher as a process of its own: `python -m tests.publisher_process STORE VERSIONS`.
 
 Publishes a network whose every weight is the number of its version, as fast as the store takes it, and prints each
-version with its digest.
+version with its digest, below a heading that says that it begins.
 """
 
 import sys
@@ -14,7 +14,7 @@ from tests.models import Everywhere
 
 def publish(location: str, versions: int) -> None:
     """Publish so many versions, keeping only a few of them, so that a reader also loses files under its hands."""
-    torch.set_num_threads(1)
+    print("version digest", flush=True)
 
     def say(manifest: Manifest) -> None:
         print(manifest.version, manifest.weights.digest, flush=True)

@@ -2,11 +2,9 @@
 
 import http.client
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,10 +18,12 @@ import torch
 from emaswap import Architecture, DirectoryStore, Fenced, ModelEMA, Publisher
 from emaswap.versions import proof
 from tests.models import Everything, Everywhere, Linear, Slow
-from tests.programs import ROOT, Program, run
+from tests.programs import Program, run
 from tests.serving import ADMIN, ServiceProcess, wait_for
+from tests.soak import record, times
 
 CLIENTS = 16
+HEADING = "version digest\n"
 
 
 class Client:
@@ -61,7 +61,9 @@ class Client:
         connection.close()
 
 
-@pytest.mark.parametrize("versions", [200, pytest.param(2000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    "versions", [200, pytest.param(times(2000), marks=[pytest.mark.soak, pytest.mark.timeout(1200)])]
+)
 def test_no_answer_fails_or_mixes_versions_while_versions_race_by(tmp_path: Path, versions: int) -> None:
     """Under 16 clients, versions as fast as the store takes them: each answer is whole, and made by whom it names."""
     store = tmp_path / "store"
@@ -81,47 +83,53 @@ def test_no_answer_fails_or_mixes_versions_while_versions_race_by(tmp_path: Path
             client.thread.join()
         rejected = service.events("version rejected")
 
-    published = dict(line.split() for line in (first.stdout + rest.stdout).splitlines())
+    lines = [line for part in (first, rest) for line in part.stdout.removeprefix(HEADING).splitlines()]
+    published = dict(line.split() for line in lines)
     assert len(published) == versions
+    problems = [problem for client in clients for problem in client.problems]
     seen = {version: digest for client in clients for version, digest in client.digests.items()}
-    print(f"{versions} versions, {len(seen)} of them served, {sum(client.answers for client in clients)} answers")
-    assert [problem for client in clients for problem in client.problems] == []
+    answers = sum(client.answers for client in clients)
+    record("versions racing by", published=versions, served=len(seen), answers=answers, failed=len(problems))
+    assert problems == []
     assert {str(version): digest for version, digest in seen.items()}.items() <= published.items()
     assert versions in seen
     assert len(seen) >= 5
     assert rejected == []
 
 
-def test_a_publisher_killed_at_any_instant_leaves_the_store_whole(tmp_path: Path) -> None:
-    """After each of 200 kills the newest version is proven right, and the next publisher goes on behind it."""
+@pytest.mark.parametrize("kills", [100, pytest.param(times(4000), marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_a_publisher_killed_at_any_instant_leaves_the_store_whole(tmp_path: Path, kills: int) -> None:
+    """After each kill the newest version is proven right, and the next publisher goes on behind it."""
     store = DirectoryStore(tmp_path / "store")
     store.prepare()
     randomly = random.Random(1)
     terms: set[int] = set()
     newest, cut_short = 0, 0
-    with Path(os.devnull).open("w") as nowhere:
-        for _ in range(200):
-            publishing = Program("-m", "tests.publisher_process", str(store.root), str(10**6), stdout=nowhere)
+    for _ in range(kills):
+        publishing = Program("-m", "tests.publisher_process", str(store.root), str(10**6), stdout=subprocess.PIPE)
+        assert publishing.stdout is not None
+        with publishing.stdout:
+            assert publishing.stdout.readline() == HEADING
             time.sleep(randomly.uniform(0, 0.15))
             publishing.kill()
             assert publishing.wait() == -signal.SIGKILL
-            versions = store.versions()
-            assert max(versions, default=0) >= newest
-            newest = max(versions, default=0)
-            cut_short += bool(store.files.entries("tmp"))
-            for name in store.files.entries("tmp"):
-                store.files.delete(f"tmp/{name}")
-            if not newest:
-                continue
-            manifest = store.manifest(newest)
-            fetched = store.fetch(manifest)
-            module = proof.verify(manifest, fetched, trusted=["tests.models.*"], device=torch.device("cpu"))
-            proof.replay(manifest, fetched.probe, module, device=torch.device("cpu"))
-            assert manifest.term >= max(terms, default=0)
-            terms.add(manifest.term)
-    print(f"{newest} versions in {len(terms)} terms; {cut_short} kills left a file half-written")
-    assert len(terms) > 20
-    assert cut_short > 5
+        versions = store.versions()
+        assert max(versions, default=0) >= newest
+        newest = max(versions, default=0)
+        cut_short += bool(store.files.entries("tmp"))
+        for name in store.files.entries("tmp"):
+            store.files.delete(f"tmp/{name}")
+        if not newest:
+            continue
+        manifest = store.manifest(newest)
+        fetched = store.fetch(manifest)
+        module = proof.verify(manifest, fetched, trusted=["tests.models.*"], device=torch.device("cpu"))
+        proof.replay(manifest, fetched.probe, module, device=torch.device("cpu"))
+        assert manifest.term >= max(terms, default=0)
+        terms.add(manifest.term)
+    record("killed publishers", kills=kills, published=newest, terms=len(terms), left_a_part=cut_short)
+    assert len(terms) > kills / 10
+    assert cut_short > kills / 40
 
 
 def test_of_two_publishers_at_once_the_older_stops(tmp_path: Path) -> None:
@@ -179,12 +187,12 @@ def test_the_served_model_is_the_ema_to_the_last_bit(tmp_path: Path) -> None:
 def test_trainer_and_service_work_as_two_commands_in_either_order(tmp_path: Path) -> None:
     """A service started before the store exists follows the trainer; one started afterwards serves what is there."""
     store = tmp_path / "store"
-    trainer = [sys.executable, "-m", "trainer", "--store", str(store), "--task", "digits", "--seed", "1"]
+    trainer = ("-m", "trainer", "--store", str(store), "--task", "digits", "--seed", "1")
     with ServiceProcess(store, wait=False, fresh=True) as early:
         not_ready = early.client.get("/readyz")
         assert not_ready.status_code == 503
         assert "does not exist" in not_ready.json()["reason"]
-        subprocess.run([*trainer, "--steps", "300", "--publish-every", "50"], cwd=ROOT, check=True, capture_output=True)
+        run(*trainer, "--steps", "300", "--publish-every", "50", check=True, fresh=True)
         early.wait_until_live(6)
         with ServiceProcess(store) as late:
             versions = [service.client.get("/model/version").json() for service in (early, late)]

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -47,8 +48,7 @@ def test_all_is_exact() -> None:
 
 def test_importing_the_library_imports_no_web_framework() -> None:
     """`import emaswap` in somebody else's training loop brings torch and little else."""
-    code = f"import sys, emaswap; print(sorted({WEB | {'sklearn'}!r} & set(sys.modules)))"
-    assert _python(code) == "[]"
+    assert sorted((WEB | {"sklearn"}) & _imported_with_emaswap()) == []
 
 
 def test_every_module_says_what_it_is_for() -> None:
@@ -73,8 +73,10 @@ def test_each_framework_is_imported_by_its_own_integration_alone() -> None:
         if name.partition(".")[0] in frameworks
     }
     assert found == {(name, f"emaswap/integrations/{own}.py") for name, own in frameworks.items() if own}
-    assert "emaswap.integrations" not in _python("import sys, emaswap; print(*sys.modules)").split()
+    assert "emaswap.integrations" not in _imported_with_emaswap()
 
 
-def _python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+@cache
+def _imported_with_emaswap() -> set[str]:
+    command = [sys.executable, "-c", "import sys, emaswap; print(*sys.modules)"]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())

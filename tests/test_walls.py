@@ -29,7 +29,7 @@ WALLS: dict[str, set[str]] = {
     "emaswap": {"trainer", "service", "sklearn", "prometheus_client", "structlog", "watchfiles", "orjson", *WEB},
     "trainer": {"service", "prometheus_client", "structlog", "watchfiles", "orjson", *WEB},
     "service": {"trainer", "sklearn"},
-    **{f"emaswap.{name}": _below() for name in GROUND},
+    **{f"emaswap.{name}": _below() for name in sorted(GROUND)},
     "emaswap.averaging": _below("averaging"),
     "emaswap.files": _below("files"),
     "emaswap.versions": _below("averaging", "files", "versions"),

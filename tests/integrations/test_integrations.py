@@ -1,8 +1,6 @@
 """What the integrations share, in a loop of our own; `tests/peers` runs each one under its framework."""
 
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from emaswap.integrations.shield import shield
 from emaswap.integrations.ultralytics import publish_from
 from tests.conftest import Publish
 from tests.models import Linear
+from tests.programs import run
 from tests.serving import wait_for
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
@@ -335,7 +334,7 @@ def test_wrong_settings_are_refused_at_once(
 def test_a_missing_framework_is_named(module: str, package: str) -> None:
     """The error says what to install."""
     code = f"import sys; sys.modules[{package!r}] = None\nimport emaswap.integrations.{module}"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = run("-c", code)
     assert f"pip install {package}" in ended.stderr.splitlines()[-1]
 
 

@@ -201,6 +201,7 @@ def test_without_a_limit_no_norm_is_taken() -> None:
 # -- algorithms ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_compiled_run_publishes_the_plain_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights have the plain module's names, and are those of a run that was not compiled, but for rounding."""
     plain = trained(tmp_path / "plain", *PLAIN)
