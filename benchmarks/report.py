@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,13 +18,17 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One measure beside the floor that was measured in the same run. `bar` bounds the ratio from above."""
+    """One measure beside the floor that was measured in the same run. `bar` bounds the ratio from above.
+
+    `spread` has the least and the greatest ratio where several runs were made.
+    """
 
     measure: str
     value: float
     unit: str
     floor: float | None = None
     bar: float | None = None
+    spread: tuple[float, float] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -36,14 +41,27 @@ class Row:
         return self.bar is None or self.ratio is None or self.ratio <= self.bar
 
 
+def over(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Return, for each measure, the row of the run with the median ratio, and the spread over all runs."""
+    rows: list[Row] = []
+    for same in zip(*runs, strict=True):
+        ranked = sorted(same, key=lambda row: row.ratio or 0.0)
+        least, greatest = ranked[0].ratio or 0.0, ranked[-1].ratio or 0.0
+        rows.append(replace(ranked[len(ranked) // 2], spread=(least, greatest)))
+    return rows
+
+
 def report(name: str, rows: list[Row]) -> None:
     """Print the table, and write benchmarks/results/<name>.json."""
-    table = Table("measure", "value", "floor", "ratio", "bar", "holds", title=name, title_justify="left")
+    table = Table("measure", "value", "floor", "ratio", "spread", "bar", "holds", title=name, title_justify="left")
     for row in rows:
-        cells = [f"{number:.4g}" if number is not None else "" for number in (row.floor, row.ratio, row.bar)]
+        floor, ratio, bar = (
+            f"{number:.4g}" if number is not None else "" for number in (row.floor, row.ratio, row.bar)
+        )
+        spread = "–".join(f"{number:.3g}" for number in row.spread or ())
         holds = "" if row.bar is None else "yes" if row.holds else "NO"
-        table.add_row(row.measure, f"{row.value:.4g} {row.unit}", *cells, holds)
-    Console().print(table)
+        table.add_row(row.measure, f"{row.value:.4g} {row.unit}", floor, ratio, spread, bar, holds)
+    Console(width=max(Console().width, 130)).print(table)
     RESULTS.mkdir(exist_ok=True)
     kept = {
         "machine": {

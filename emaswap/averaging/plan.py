@@ -95,7 +95,8 @@ class Plan:
         """[1.0] where a weight is not finite, else [0.0]. On CUDA nobody waits for it: it is for `run_unless`."""
         weights = self.weights()
         if all(weight.device.type == "cpu" for weight in weights):
-            flag = torch.tensor([float(not all(map(_is_finite, weights)))])
+            # The last come first: what was looked at most recently is averaged first, while it is still in the cache.
+            flag = torch.tensor([float(not all(map(_is_finite, reversed(weights))))])
         else:
             device = weights[0].device
             filled = [weight for weight in weights if weight.numel()]  # an empty one has no norm
