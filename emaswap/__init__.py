@@ -34,7 +34,7 @@ from emaswap.publishing.publisher import Publisher
 from emaswap.release import __version__
 from emaswap.store import DirectoryStore, Store, open_store
 from emaswap.versions.architecture import Architecture
-from emaswap.versions.manifest import EmaInfo, Identity, Manifest, Pin
+from emaswap.versions.manifest import EmaInfo, Identity, Manifest, Pin, ScheduleInfo
 from emaswap.versions.signature import Signature, TensorField
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "Reason",
     "Scaled",
     "Schedule",
+    "ScheduleInfo",
     "Short",
     "Signature",
     "Snapshot",

@@ -22,7 +22,7 @@ class Schedule(Protocol):
     def __call__(self, updates: float) -> float: ...
 
     def describe(self) -> Description:
-        """The schedule's name under "schedule", and its parameters: it goes into every manifest."""
+        """Return the schedule's name under "name", and its parameters: they go into every manifest."""
         ...
 
 
@@ -32,7 +32,7 @@ class _Named:
     name: str
 
     def describe(self) -> Description:
-        return {"schedule": self.name, **{each.name: getattr(self, each.name) for each in fields(self)}}  # type: ignore[arg-type]
+        return {"name": self.name, **{each.name: getattr(self, each.name) for each in fields(self)}}  # type: ignore[arg-type]
 
     def _check(self, *, holds: bool, expected: str) -> None:
         if not holds:
@@ -216,7 +216,7 @@ def make_schedule(name: str, /, **parameters: Any) -> Schedule:
 def from_description(description: Mapping[str, Any]) -> Schedule:
     """The schedule that described itself so. Raises `EmaError` when it is none of this module's."""
     parameters = dict(description)
-    return make_schedule(str(parameters.pop("schedule", None)), **parameters)
+    return make_schedule(str(parameters.pop("name", None)), **parameters)
 
 
 def span_decay(schedule: Schedule, first: int, last: int) -> float:

@@ -20,7 +20,7 @@ from emaswap.integrations.bridge import Publishing, is_stop, warn_of
 from emaswap.store import Store
 from emaswap.tensors import dtype_name
 from emaswap.versions.architecture import Architecture
-from emaswap.versions.manifest import EmaInfo
+from emaswap.versions.manifest import EmaInfo, ScheduleInfo
 from emaswap.versions.signature import Inputs
 
 
@@ -128,4 +128,5 @@ def _described(average: _Average) -> EmaInfo:
     """Describe an average whose schedule is a function by its present decay."""
     decay = average.decay(average.updates)
     dtype = next((dtype_name(each.dtype) for each in average.ema.parameters()), "none")
-    return EmaInfo(schedule="ultralytics", decay=decay, updates=average.updates, window=window(decay), dtype=dtype)
+    schedule = ScheduleInfo.model_validate({"name": "ultralytics", "decay": decay})
+    return EmaInfo(schedule=schedule, updates=average.updates, window=window(decay), dtype=dtype)

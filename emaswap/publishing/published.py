@@ -9,7 +9,7 @@ from emaswap.averaging.synthesis import Snapshot, State
 from emaswap.errors import EmaError
 from emaswap.files.tensor_file import Blob
 from emaswap.store import Store, open_store
-from emaswap.versions.manifest import EmaInfo, Manifest
+from emaswap.versions.manifest import Manifest, ScheduleInfo
 
 
 def snapshots_of(store: Store | str | Path, *, variant: str | None = None, since: int = 1) -> list[Snapshot]:
@@ -36,10 +36,10 @@ def snapshots_of(store: Store | str | Path, *, variant: str | None = None, since
             if variant not in manifest.variants:
                 continue
             manifest = manifest.of_variant(variant)
-        is_average = manifest.ema.schedule != "none"
+        schedule = manifest.ema.schedule
         is_before = not found or manifest.ema.updates < found[-1].updates
-        if is_average and is_before and manifest.weights.digest in stored:
-            found.append(_published(manifest, partial(_read, store, manifest.weights)))
+        if schedule is not None and is_before and manifest.weights.digest in stored:
+            found.append(_published(manifest, schedule, partial(_read, store, manifest.weights)))
     if not found:
         of = "a ModelEMA" if variant is None else f"a ModelEMA with the variant {variant!r}"
         there = f"; its variants: {', '.join(sorted(variants)) or 'none'}" if variant is not None else ""
@@ -47,16 +47,13 @@ def snapshots_of(store: Store | str | Path, *, variant: str | None = None, since
     return found[::-1]
 
 
-def _published(manifest: Manifest, tensors: Callable[[], State]) -> Snapshot:
-    """The snapshot that a manifest describes."""
-    facts = set(EmaInfo.model_fields) - {"schedule", "decay"}
-    described = manifest.ema.model_dump(exclude=facts, exclude_none=True)
-    update_every = int(described.pop("update_every", 1))
+def _published(manifest: Manifest, schedule: ScheduleInfo, tensors: Callable[[], State]) -> Snapshot:
+    """Return the snapshot that a manifest describes."""
     try:
-        schedule = from_description(described)
+        made = from_description(schedule.model_dump())
     except EmaError as error:
         raise EmaError(f"version {manifest.version}: {error}") from None
-    return Snapshot(schedule, manifest.ema.updates, tensors, update_every)
+    return Snapshot(made, manifest.ema.updates, tensors, manifest.ema.update_every)
 
 
 def _read(store: Store, blob: Blob) -> State:

@@ -183,7 +183,7 @@ def _info(ema: ModelEMA, schedule: Schedule, module: nn.Module) -> EmaInfo:
     averaged = next((tensor for tensor in module.state_dict().values() if tensor.is_floating_point()), None)
     return EmaInfo.model_validate(
         {
-            **schedule.describe(),
+            "schedule": schedule.describe(),
             "updates": ema.updates,
             "update_every": ema.update_every,
             "window": window(schedule(ema.updates)),

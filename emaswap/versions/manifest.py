@@ -54,14 +54,20 @@ class WeightsInfo(Blob):
     tensors: dict[str, TensorInfo]
 
 
-class EmaInfo(_Frozen):
-    """How the average came about: the schedule with its parameters, and `window` ≈ 1/(1 − the last update's decay)."""
+class ScheduleInfo(_Frozen):
+    """The schedule of an average's decay: its name, and its parameters under their own names."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    schedule: str = "none"
-    decay: float | None = None
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class EmaInfo(_Frozen):
+    """How the average came about; without a schedule the weights are no average. `window` is 1/(1 − the last decay)."""
+
+    schedule: ScheduleInfo | None = None
     updates: Count = 0
+    update_every: Annotated[int, Field(ge=1)] = 1
     window: Metric = None
     dtype: str = "float32"
 

@@ -20,6 +20,8 @@ class Watcher:
         self._conductor = conductor
         self._notices = notices
         self._poll_s = poll_s
+        # A generator of its own: the module's belongs to whoever runs in this process, and may have been seeded.
+        self._random = random.Random()  # noqa: S311
         self._due = asyncio.Event()
 
     def wake(self) -> None:
@@ -33,7 +35,7 @@ class Watcher:
                 self._due.clear()
                 again_s = await self._conductor.settle()
                 # Jitter keeps a fleet of replicas from asking all at once.
-                poll_s = self._poll_s * random.uniform(0.8, 1.2)  # noqa: S311
+                poll_s = self._poll_s * self._random.uniform(0.8, 1.2)
                 wait_s = poll_s if again_s is None else min(poll_s, max(again_s, _SHORTEST_WAIT_S))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._due.wait(), wait_s)

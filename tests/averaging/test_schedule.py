@@ -26,24 +26,22 @@ from emaswap import (
 from emaswap.averaging.schedule import SCHEDULES, from_description, half_life, sigma_rel_of, span_decay, window
 
 EACH = [
-    pytest.param(Constant(0.9), {"schedule": "constant", "decay": 0.9}, id="constant"),
-    pytest.param(
-        ExponentialRamp(0.999, 100.0), {"schedule": "exponential_ramp", "decay": 0.999, "tau": 100.0}, id="ramp"
-    ),
-    pytest.param(CountRamp(0.99), {"schedule": "count_ramp", "decay": 0.99}, id="count ramp"),
+    pytest.param(Constant(0.9), {"name": "constant", "decay": 0.9}, id="constant"),
+    pytest.param(ExponentialRamp(0.999, 100.0), {"name": "exponential_ramp", "decay": 0.999, "tau": 100.0}, id="ramp"),
+    pytest.param(CountRamp(0.99), {"name": "count_ramp", "decay": 0.99}, id="count ramp"),
     pytest.param(
         InverseGamma(0.999, 2.0, 0.75, 0.1),
-        {"schedule": "inverse_gamma", "decay": 0.999, "gamma": 2.0, "power": 0.75, "minimum": 0.1},
+        {"name": "inverse_gamma", "decay": 0.999, "gamma": 2.0, "power": 0.75, "minimum": 0.1},
         id="inverse gamma",
     ),
-    pytest.param(PowerFunction(6.94), {"schedule": "power_function", "gamma": 6.94}, id="power function"),
+    pytest.param(PowerFunction(6.94), {"name": "power_function", "gamma": 6.94}, id="power function"),
     pytest.param(
         Scaled(ExponentialRamp(0.999, 100.0), 4.0),
-        {"schedule": "exponential_ramp", "decay": 0.999, "tau": 100.0, "kappa": 4.0},
+        {"name": "exponential_ramp", "decay": 0.999, "tau": 100.0, "kappa": 4.0},
         id="scaled",
     ),
     pytest.param(
-        Scaled(Scaled(Constant(0.9), 2.0), 3.0), {"schedule": "constant", "decay": 0.9, "kappa": 6.0}, id="scaled twice"
+        Scaled(Scaled(Constant(0.9), 2.0), 3.0), {"name": "constant", "decay": 0.9, "kappa": 6.0}, id="scaled twice"
     ),
 ]
 
@@ -286,7 +284,7 @@ def test_what_cannot_be_made_is_an_error_that_names_what_there_is(
         make_schedule(name, **parameters)
 
 
-@pytest.mark.parametrize("description", [{}, {"decay": 0.9}, {"schedule": "mine", "name": "x"}], ids=str)
+@pytest.mark.parametrize("description", [{}, {"decay": 0.9}, {"name": "mine", "decay": 0.9}], ids=str)
 def test_a_description_of_no_known_schedule_is_an_error(description: dict[str, Any]) -> None:
     """What this module did not describe is refused, with the names that there are."""
     with pytest.raises(EmaError, match="unknown schedule .*: expected one of constant, exponential_ramp"):

@@ -132,7 +132,7 @@ def test_what_was_forgotten_counts_nothing() -> None:
             return 0.0 if updates == 5 else 0.5
 
         def describe(self) -> dict[str, Any]:
-            return {"schedule": "restart"}
+            return {"name": "restart"}
 
     profile = profile_weights(Restart(), 7)
     assert profile.tolist() == [0, 0, 0, 0, 0, 0.25, 0.25, 0.5]

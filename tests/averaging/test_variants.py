@@ -339,7 +339,7 @@ def _loaded(ema: ModelEMA) -> ModelEMA:
 
 
 @pytest.mark.parametrize("again", [_pickled, copy.deepcopy, _loaded])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.describe()["schedule"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.describe()["name"])
 def test_it_goes_on_in_the_middle_of_an_interval(again: Callable[[ModelEMA], ModelEMA], schedule: Schedule) -> None:
     """Variants, schedules, counts and the updates since the last interval all come along."""
     torch.manual_seed(0)
@@ -365,7 +365,7 @@ class Halving:
         return 0.5
 
     def describe(self) -> dict[str, str | float]:
-        return {"schedule": "halving"}
+        return {"name": "halving"}
 
 
 @pytest.mark.parametrize("again", [_pickled, copy.deepcopy])

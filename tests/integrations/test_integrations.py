@@ -393,7 +393,8 @@ def test_ultralytics_epochs(store: DirectoryStore, every: int, possible: set[int
     assert set(steps) <= possible
     assert len(set(steps)) == len(steps)
     described = store.manifest(store.newest()).ema
-    assert (described.schedule, described.updates) == ("ultralytics", 6)
+    assert described.schedule is not None
+    assert (described.schedule.name, described.updates) == ("ultralytics", 6)
     assert described.window == pytest.approx(7)
     with pytest.raises(ValueError, match="1 or more epochs"):
         publish_from(yolo, store, name="test", architecture=architecture, probe=ROWS, every_n_epochs=0)

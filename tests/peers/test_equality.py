@@ -97,7 +97,7 @@ class CopyFirst:
         return self.schedule(updates - self.shift) if updates > 1 else 0.0
 
     def describe(self) -> dict[str, str | float]:
-        return {"schedule": "copy_first"}
+        return {"name": "copy_first"}
 
 
 def parameters_of(average: ModelEMA) -> list[Tensor]:

@@ -108,9 +108,10 @@ def test_a_training_publishes_its_average(store: DirectoryStore, tmp_path: Path)
         assert not any(weights[name].item() for name in weights.keys() - averaged)
     assert "metrics/accuracy_top1" in versions[-1].training.metrics
     described = versions[-1].ema
-    assert (described.schedule, described.updates, described.dtype) == ("ultralytics", 9, "float32")
+    assert described.schedule is not None
+    assert (described.schedule.name, described.updates, described.dtype) == ("ultralytics", 9, "float32")
     decay = 0.9999 * (1 - math.exp(-9 / 2000))
-    assert described.decay == pytest.approx(decay)
+    assert described.schedule.model_dump()["decay"] == pytest.approx(decay)
     assert described.window == pytest.approx(1 / (1 - decay))
 
 

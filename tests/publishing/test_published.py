@@ -164,7 +164,7 @@ class Described(Constant):
 
 def test_a_schedule_that_nobody_knows_is_refused(begin: Begin) -> None:
     """A version with a schedule of somebody's own is an error that names both, rather than a guess."""
-    run = begin(Described(0.9, (("schedule", "lunar"),)))
+    run = begin(Described(0.9, (("name", "lunar"),)))
     run.walk(10, every=10)
     with pytest.raises(EmaError, match="version 1: unknown schedule 'lunar'"):
         snapshots_of(run.store)
@@ -172,7 +172,7 @@ def test_a_schedule_that_nobody_knows_is_refused(begin: Begin) -> None:
 
 def test_the_interval_is_read_from_the_manifest(begin: Begin) -> None:
     """A manifest that says at which interval its average took updates in is believed."""
-    words = (("schedule", "constant"), ("decay", 0.9), ("update_every", 5))
+    words = (("name", "constant"), ("decay", 0.9))
     run = begin(Described(0.9, words), update_every=5)
     run.walk(50, every=10)
     snapshots = snapshots_of(run.store)

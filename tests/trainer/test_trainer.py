@@ -290,17 +290,17 @@ def test_a_checkpoint_that_finds_no_space_is_no_reason_to_lose_a_run(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ((), {"schedule": "exponential_ramp", "decay": 0.995, "tau": 100}),
-        (("--ema-decay", "0.9", "--ema-tau", "7"), {"schedule": "exponential_ramp", "decay": 0.9, "tau": 7}),
-        (("--ema-schedule", "constant", "--ema-decay", "0.9"), {"schedule": "constant", "decay": 0.9}),
-        (("--ema-schedule", "count_ramp"), {"schedule": "count_ramp", "decay": 0.995}),
-        (("--ema-schedule", "inverse_gamma"), {"schedule": "inverse_gamma", "decay": 0.995}),
+        ((), {"name": "exponential_ramp", "decay": 0.995, "tau": 100}),
+        (("--ema-decay", "0.9", "--ema-tau", "7"), {"name": "exponential_ramp", "decay": 0.9, "tau": 7}),
+        (("--ema-schedule", "constant", "--ema-decay", "0.9"), {"name": "constant", "decay": 0.9}),
+        (("--ema-schedule", "count_ramp"), {"name": "count_ramp", "decay": 0.995}),
+        (("--ema-schedule", "inverse_gamma"), {"name": "inverse_gamma", "decay": 0.995}),
         (("--ema-schedule", "power_function"), PowerFunction.from_sigma_rel(0.1).describe()),
         (
             ("--ema-schedule", "power_function", "--ema-sigma-rel", "0.05"),
             PowerFunction.from_sigma_rel(0.05).describe(),
         ),
-        (("--ema-schedule", "constant", "--ema-scale", "2"), {"schedule": "constant", "decay": 0.995, "kappa": 2}),
+        (("--ema-schedule", "constant", "--ema-scale", "2"), {"name": "constant", "decay": 0.995, "kappa": 2}),
     ],
     ids=["default", "decay and tau", "constant", "count ramp", "inverse gamma", "power function", "narrow", "scaled"],
 )
@@ -309,9 +309,10 @@ def test_versions_are_averaged_as_the_settings_say(
 ) -> None:
     """The manifest has the schedule that the flags name, with their parameters."""
     assert train_here(tmp_path / "store", "--steps", "5", *flags) == 0
-    found = newest(tmp_path / "store").ema.model_dump()
-    assert expected.items() <= found.items()
-    assert found["updates"] == 5
+    found = newest(tmp_path / "store").ema
+    assert found.schedule is not None
+    assert expected.items() <= found.schedule.model_dump().items()
+    assert found.updates == 5
 
 
 def test_an_average_that_is_updated_more_rarely_has_the_same_window(tmp_path: Path, in_process: None) -> None:
@@ -506,7 +507,8 @@ def test_settings_are_variables_too(tmp_path: Path, in_process: None, monkeypatc
     assert main(["--steps", "20"]) == 0
     manifest = newest(tmp_path / "store")
     assert manifest.training.step == 20
-    assert manifest.ema.decay == 0.5
+    assert manifest.ema.schedule is not None
+    assert manifest.ema.schedule.model_dump()["decay"] == 0.5
     assert len(list((tmp_path / "resume").iterdir())) == 2
 
 

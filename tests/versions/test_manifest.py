@@ -13,7 +13,7 @@ from torch import nn
 
 from emaswap import Architecture, BadVersion, EmaswapError, Manifest, Pin, Reason, Signature, TensorField, __version__
 from emaswap.files.digest import digest_of
-from emaswap.versions.manifest import FORMAT, EmaInfo, ProbeInfo, TensorInfo, TrainingInfo, WeightsInfo
+from emaswap.versions.manifest import FORMAT, EmaInfo, ProbeInfo, ScheduleInfo, TensorInfo, TrainingInfo, WeightsInfo
 from tests.models import Everything
 
 text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
@@ -60,11 +60,9 @@ manifests = st.builds(
     ),
     ema=st.builds(
         EmaInfo,
-        schedule=text,
-        decay=st.none() | numbers,
+        schedule=st.none() | st.builds(ScheduleInfo, name=text, tau=numbers),
         updates=st.integers(0, 10**15),
         window=st.floats(),
-        tau=numbers,
     ),
     training=st.builds(
         TrainingInfo, step=st.integers(0, 10**15), metrics=st.dictionaries(text, st.none() | st.floats(), max_size=3)
@@ -82,7 +80,9 @@ MANIFEST = Manifest(
     weights=WeightsInfo(digest=digest_of(b"weights"), size=7, tensors={"w": TensorInfo(dtype="float32", shape=(2, 3))}),
     architecture=Architecture(factory="package.module:Net", arguments={"width": 32, "bias": None}),
     signature=Signature(inputs=(TensorField(name="x", shape=(None, 3)),), outputs=(TensorField(name="y"),)),
-    ema=EmaInfo.model_validate({"schedule": "exponential_ramp", "decay": 0.9999, "tau": 2000.0, "updates": 5}),
+    ema=EmaInfo.model_validate(
+        {"schedule": {"name": "exponential_ramp", "decay": 0.9999, "tau": 2000.0}, "updates": 5}
+    ),
     training=TrainingInfo(step=1000, metrics={"accuracy": 0.97}),
     probe=ProbeInfo(digest=digest_of(b"probe"), size=5, rtol=1e-4, atol=1e-5),
 )
@@ -127,7 +127,7 @@ def test_a_manifest_is_readable_json() -> None:
     assert raw["release"] == __version__
     assert raw["created_at"] == "2024-02-29T12:00:00.123456Z"
     assert raw["signature"]["inputs"][0]["shape"] == [None, 3]
-    assert raw["ema"]["tau"] == 2000.0
+    assert raw["ema"]["schedule"]["tau"] == 2000.0
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=["inf", "-inf", "nan"])
@@ -163,8 +163,9 @@ def test_unknown_fields_are_ignored(path: tuple[str, ...]) -> None:
 
 def test_a_schedules_own_parameters_are_kept() -> None:
     """How the average came about is told in full, whatever its schedule's parameters are called."""
-    found = Manifest.decode(bent("ema", "half_life", value=12.5))
-    assert found.ema.model_dump()["half_life"] == 12.5
+    found = Manifest.decode(bent("ema", "schedule", "half_life", value=12.5))
+    assert found.ema.schedule is not None
+    assert found.ema.schedule.model_dump()["half_life"] == 12.5
 
 
 @pytest.mark.parametrize("field", ["release", "parent", "ema", "training"])
