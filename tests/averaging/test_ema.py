@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,89 @@ def test_an_averager_goes_on_from_its_state(alpha: float) -> None:
         ema.update(3.0)
     assert first.get() == second.get()
     assert first.state_dict() == second.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float8_e5m2])
+def test_tensors_of_few_digits_are_averaged_in_float32(dtype: torch.dtype) -> None:
+    """A constant 1 of any real dtype averages to 1, however small alpha is."""
+    ema = EMA[Tensor](1e-4)
+    for _ in range(3000):
+        ema.update(torch.ones(2).to(dtype))
+    assert ema.get().dtype == torch.float32
+    torch.testing.assert_close(ema.get(), torch.ones(2), rtol=1e-4, atol=0)
+
+
+@given(st.lists(st.tuples(st.floats(1e-4, 1), st.floats(-1e3, 1e3)), min_size=1, max_size=50))
+def test_alpha_may_change_between_updates(steps: list[tuple[float, float]]) -> None:
+    """Each input weighs its own alpha, less what later ones took from it; the average is the mean with these weights."""
+    ema = EMA[float](0.5)
+    weights: list[float] = []
+    for alpha, x in steps:
+        ema.alpha = alpha
+        ema.update(x)
+        weights = [weight * (1 - alpha) for weight in weights] + [alpha]
+    mean = math.fsum(w * x for w, (_, x) in zip(weights, steps, strict=True)) / math.fsum(weights)
+    assert ema.get() == pytest.approx(mean, rel=1e-9, abs=1e-8)
+
+
+def test_an_alpha_of_1_forgets_a_nan() -> None:
+    """With an alpha of 1 the newest input is the average, whatever was there."""
+    for bad, good in ((math.nan, 2.0), (torch.tensor([math.inf]), torch.tensor([2.0]))):
+        ema = EMA[Any](0.5)
+        ema.update(bad)
+        ema.alpha = 1
+        ema.update(good)
+        assert ema.get() == good
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (torch.ones(2), torch.ones(1), r"averages tensors of shape \[2\] on cpu, got tensors of shape \[1\]"),
+        (torch.ones(2), torch.ones(2, device="meta"), "on cpu, got tensors of shape .* on meta"),
+        (torch.ones(2), torch.ones(2, dtype=torch.complex64), "averages tensors .* got complex tensors"),
+        (torch.ones(()), 1.0, "averages tensors .* got numbers"),
+        (1.0, torch.ones(()), "averages numbers, got tensors"),
+        (1.0, "1", "numbers or tensors, got str"),
+        (1.0, None, "numbers or tensors, got NoneType"),
+        (torch.ones(1), [1.0], "numbers or tensors, got list"),
+    ],
+)
+def test_an_input_of_another_kind_is_an_error_and_changes_nothing(first: Any, then: Any, message: str) -> None:
+    """What would be broadcast, or could not be averaged, is refused."""
+    ema = EMA[Any](0.5)
+    ema.update(first)
+    with pytest.raises(EmaError, match=message):
+        ema.update(then)
+    ema.update(first)
+    assert (ema.count, ema.get()) == (2, pytest.approx(first))
+
+
+@pytest.mark.parametrize("name", ["alpha", "count", "weight", "average", None])
+@pytest.mark.parametrize("bad", [None, "1", -1, math.nan, 2.5], ids=repr)
+def test_a_state_that_is_not_one_changes_nothing(name: str | None, bad: object) -> None:
+    """Each field is looked at before any is taken over."""
+    ema, other = EMA[float](0.5), EMA[float](0.25)
+    for each in (ema, other):
+        each.update(3.0)
+    before = ema.state_dict()
+    state: Any = other.state_dict() | {name: bad} if name else bad
+    if (name, bad) in {("average", 2.5), ("average", -1)} or (name == "average" and bad != bad):
+        ema.load_state_dict(state)
+        return
+    with pytest.raises(EmaError, match="state|alpha"):
+        ema.load_state_dict(state)
+    assert ema.state_dict() == before
+    if name:
+        with pytest.raises(EmaError, match="this one: "):
+            ema.load_state_dict({field: value for field, value in state.items() if field != name})
+        assert ema.state_dict() == before
+
+
+@pytest.mark.parametrize("alpha", [0, 2, math.nan, None, "0.5", True])
+def test_a_wrong_alpha_is_refused_later_too(alpha: Any) -> None:
+    """Setting it is checked as the constructor checks it."""
+    ema = EMA[float](0.5)
+    with pytest.raises(EmaError, match="alpha must be above 0 and at most 1"):
+        ema.alpha = alpha
+    assert ema.alpha == 0.5
