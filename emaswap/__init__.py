@@ -2,6 +2,7 @@
 
 from emaswap.averaging.ema import EMA
 from emaswap.averaging.model_ema import ModelEMA
+from emaswap.averaging.recalibration import recalibrate
 from emaswap.averaging.schedule import (
     Constant,
     CountRamp,
@@ -11,6 +12,7 @@ from emaswap.averaging.schedule import (
     Scaled,
     Schedule,
     make_schedule,
+    window,
 )
 from emaswap.averaging.synthesis import Snapshot, synthesize
 from emaswap.errors import (
@@ -76,6 +78,8 @@ __all__ = [
     "load",
     "make_schedule",
     "open_store",
+    "recalibrate",
     "snapshots_of",
     "synthesize",
+    "window",
 ]

@@ -22,6 +22,7 @@ class Held:
         self._folders: list[dict[str, Any]] = []
         self._places: list[dict[str, Any]] = []
         self._keys: list[str] = []
+        self._values: list[Tensor | None] = []
         self._tensors: list[Tensor] = []
         self._names: list[str] = []
         for prefix, child in module.named_modules(remove_duplicate=False):
@@ -30,9 +31,13 @@ class Held:
             # Non-persistent buffers are no state.
             for held, skipped in ((child._parameters, ()), (child._buffers, child._non_persistent_buffers_set)):
                 for key, tensor in held.items():
-                    if tensor is not None and key not in skipped:
-                        self._places.append(held)
-                        self._keys.append(key)
+                    if key in skipped:
+                        continue
+                    # Also where there is no tensor yet: one that comes later must be noticed.
+                    self._places.append(held)
+                    self._keys.append(key)
+                    self._values.append(tensor)
+                    if tensor is not None:
                         self._tensors.append(tensor)
                         self._names.append(f"{prefix}.{key}" if prefix else key)
         self._locals = [getattr(tensor, "_local_tensor", tensor) for tensor in self._tensors]
@@ -46,8 +51,9 @@ class Held:
 
     def put_back(self) -> None:
         """Undo what was exchanged, converted or moved since."""
-        for place, key, tensor, memory in zip(self._places, self._keys, self._tensors, self._memories, strict=True):
-            place[key] = tensor
+        for place, key, value in zip(self._places, self._keys, self._values, strict=True):
+            place[key] = value
+        for tensor, memory in zip(self._tensors, self._memories, strict=True):
             if (tensor.dtype, local_part(tensor).data_ptr()) != (memory.dtype, memory.data_ptr()):
                 tensor.data = memory
 
@@ -55,7 +61,7 @@ class Held:
         """Whether this is that module's state, and nothing in it was exchanged, converted or moved."""
         return (
             module is self._module
-            and all(map(is_, map(dict.get, self._places, self._keys), self._tensors))
+            and all(map(is_, map(dict.get, self._places, self._keys), self._values))
             and self._look() == self._seen
         )
 

@@ -3,20 +3,22 @@
 Knows modules and tensors, and nothing of stores, versions or training loops.
 """
 
-import copy
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from emaswap.averaging.averaged_module import averaged_module, check_named, convert, reshard, unwrap
+from emaswap.averaging.following import Following
 from emaswap.averaging.plan import Buffers, Plan
-from emaswap.averaging.schedule import ExponentialRamp, Schedule, from_description, span_decay
+from emaswap.averaging.saved import check_saved, load_all
+from emaswap.averaging.schedule import Schedule, as_schedule, decay_at, from_description, span_decay, window
 from emaswap.errors import EmaError
-from emaswap.tensors import plain_name
+
+log = logging.getLogger(__name__)
 
 
 class ModelEMA:
@@ -27,7 +29,8 @@ class ModelEMA:
     - `ema` is a deep copy of the model, in eval mode, without gradients; half precision is averaged in float32.
     - Floating-point parameters and buffers are averaged, in one fused pass; integer buffers are copied;
       tied tensors are averaged once.
-    - Weights that are not finite never enter the average: such an update is left out, and counted in `skipped`.
+    - Weights that are not finite never enter the average: such an update is left out, and counted in `skipped`. What was
+      not finite when the average began, as a mask of −∞ in a buffer, and has not changed since, is left as it is.
     - Wrappers (`DataParallel`, `DistributedDataParallel`, `torch.compile`) are seen through, on either side.
     - A model whose state does not match the average's raises `EmaError` rather than being skipped in silence.
     """
@@ -35,14 +38,14 @@ class ModelEMA:
     def __init__(
         self,
         model: nn.Module,
-        decay: float | Schedule = 0.9999,
+        decay: float | Schedule | Callable[[float], float] = 0.9999,
         tau: float = 2000,
         updates: int = 0,
         *,
         update_every: int = 1,
         buffers: Buffers = "average",
         exclude: Iterable[str] = (),
-        variants: Mapping[str, Schedule] | None = None,
+        variants: Mapping[str, float | Schedule | Callable[[float], float]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         factory: Callable[[], nn.Module] | None = None,
@@ -52,7 +55,7 @@ class ModelEMA:
 
         Args:
             model: the module that trains; it may be wrapped.
-            decay: the final decay of an exponential ramp, or any `Schedule`.
+            decay: the final decay of an exponential ramp, any `Schedule`, or a function of the update count.
             tau: updates over which the ramp rises; it has no meaning beside a schedule of your own.
             updates: how many updates the average has already seen, when one goes on.
             update_every: take the weights in at every so many updates only, with the product of their decays.
@@ -66,27 +69,74 @@ class ModelEMA:
 
         Raises `EmaError` when the model cannot be copied, the factory makes another one, or `exclude` names nothing in it.
         """
-        if update_every < 1:
-            raise EmaError(f"update_every is at least 1, got {update_every}")
+        if buffers not in get_args(Buffers):
+            raise EmaError(f"buffers is one of {', '.join(get_args(Buffers))}, got {buffers!r}")
+        for name, number, least in (("update_every", update_every, 1), ("updates", updates, 0)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise EmaError(f"{name} is an integer of at least {least}, got {number!r}")
+        self._tau = tau
+        self.decay = decay
+        self.schedules = {name: as_schedule(each, tau) for name, each in (variants or {}).items()}
         model = unwrap(model)
-        self.ema = _average_of(model, device=device, dtype=dtype, factory=factory)
+        self.ema = averaged_module(model, device=device, dtype=dtype, factory=factory)
         self.variants = {
-            name: _average_of(model, device=device, dtype=dtype, factory=factory) for name in variants or {}
+            name: averaged_module(model, device=device, dtype=dtype, factory=factory) for name in variants or {}
         }
         self.updates = updates
-        self.decay: Schedule = decay if callable(decay) else ExponentialRamp(decay, tau)
-        self.schedules = dict(variants or {})
         self.update_every = update_every
         self.buffers: Buffers = buffers
-        self.exclude = tuple(exclude)
-        _check_named(self.exclude, self.ema)
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        check_named(self.exclude, self.ema)
         self.guard = guard
         self._behind = 0
         self._skipped = 0
         self._skipped_on_device: Tensor | None = None
-        self._stepped: bool | None = None
+        self._told_of_skipped = False
+        self._following: Following | None = None
         self._swapped = False
         self._plan: Plan | None = None
+
+    @property
+    def decay(self) -> Schedule:
+        """The schedule of `ema`. It may be set, as scripts do: to a schedule, a function of the update count, or a number."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, decay: float | Schedule | Callable[[float], float]) -> None:
+        self._decay = as_schedule(decay, self._tau)
+
+    @property
+    def module(self) -> nn.Module:
+        """The averaged module: another name of `ema`."""
+        return self.ema
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run the averaged module."""
+        return self.ema(*inputs, **named)
+
+    def __repr__(self) -> str:
+        described = self.decay.describe()
+        parameters = ", ".join(f"{name}={value}" for name, value in described.items() if name != "name")
+        with suppress(Exception):  # a function that gives no decay is told of by the next update
+            parameters += f", window={window(decay_at(self.decay, self.updates)):.4g}" if self.updates else ""
+        parts = [
+            type(self.ema).__name__,
+            f"{described['name']}({parameters})",
+            f"updates={self.updates}",
+            *([f"update_every={self.update_every}"] if self.update_every > 1 else []),
+            *([f"variants={list(self.variants)}"] if self.variants else []),
+        ]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def to(self, *to: Any, **options: Any) -> Self:
+        """Move the averages to a device, or their floating-point state to a dtype, as `nn.Module.to` takes them.
+
+        The model may be elsewhere: each update then moves its weights. Raises `EmaError` for a dtype that is not of floats.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*to, **options)
+        for average in (self.ema, *self.variants.values()):
+            convert(average, device, dtype)
+        return self
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> bool:
@@ -100,10 +150,10 @@ class ModelEMA:
         """
         if self._swapped:
             raise EmaError("update() inside swapped_into(): the model has the averaged weights there, not its own")
-        if self._stepped is False:
+        model = unwrap(model)
+        if self._following is not None and not self._following.has_stepped(model):
             return False
-        plan = self._planned(unwrap(model))
-        self._stepped = None if self._stepped is None else False
+        plan = self._planned(model)
         if self._behind + 1 < self.update_every:
             self.updates += 1
             self._behind += 1
@@ -111,11 +161,11 @@ class ModelEMA:
         found_inf = plan.found_inf() if self.guard and plan.weights() else None
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             self._skipped += 1
+            self._tell_of_skipped(plan)
             return False
-        self.updates += 1
-        first = self.updates - self._behind
-        self._behind = 0
-        weights = [1 - span_decay(schedule, first, self.updates) for schedule in (self.decay, *self.schedules.values())]
+        now, first = self.updates + 1, self.updates + 1 - self._behind
+        weights = [1 - span_decay(schedule, first, now) for schedule in (self.decay, *self.schedules.values())]
+        self.updates, self._behind = now, 0
         if found_inf is None or found_inf.device.type == "cpu":
             plan.run(weights)
         else:
@@ -126,25 +176,36 @@ class ModelEMA:
         return True
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on, `update` does nothing unless this optimizer made a step since the last one.
+        """From now on, `update` does nothing unless this optimizer, or another that is followed, made a step since the last.
 
         So neither the micro-batches of gradient accumulation nor a step that a `GradScaler` leaves out are counted.
         A fused optimizer under a `GradScaler` is asked whether it made its step, which on CUDA waits for the device.
+        Call it again for an optimizer that takes over; until then, a warning says that weights change without a step.
         """
-        self._stepped = False
-
-        def stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
-            # GradScaler hands a fused optimizer its flag, and leaves it to that to leave the step out.
-            found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-            if found_inf is None or not found_inf.item():
-                self._stepped = True
-
-        optimizer.register_step_post_hook(stepped)
+        if self._following is None:
+            self._following = Following()
+        self._following.add(optimizer)
 
     @property
     def skipped(self) -> int:
         """How many updates were left out because the weights were not finite. On CUDA, reading it waits for the device."""
-        return self._skipped + (0 if self._skipped_on_device is None else int(self._skipped_on_device.item()))
+        found = self._skipped + (0 if self._skipped_on_device is None else int(self._skipped_on_device.item()))
+        if found:
+            self._tell_of_skipped(self._plan)
+        return found
+
+    def _tell_of_skipped(self, plan: Plan | None) -> None:
+        """Say once that updates are left out, and because of which weights, where they still are not finite."""
+        if self._told_of_skipped:
+            return
+        self._told_of_skipped = True
+        names = plan.not_finite() if plan is not None else []
+        named = f" in {', '.join(names[:10])}{f' and {len(names) - 10} more' if names[10:] else ''}" if names else ""
+        log.warning(
+            "an update was left out of the average, since there are NaNs or infinities%s; such updates are counted in "
+            "`skipped`, and this is said once. State that is meant to change so can be named in exclude=",
+            named,
+        )
 
     @contextmanager
     def swapped_into(self, model: nn.Module, variant: str | None = None) -> Iterator[None]:
@@ -170,7 +231,7 @@ class ModelEMA:
             yield
         finally:
             with torch.no_grad():
-                _reshard(model)
+                reshard(model)
                 plan.put_back()
                 for (weight, _), before in zip(pairs, own, strict=True):
                     weight.copy_(before)
@@ -194,7 +255,7 @@ class ModelEMA:
                 setattr(module, name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged states, the schedules and the counts, to go on with later: see `load_state_dict`."""
+        """Return all that `load_state_dict` needs to resume exactly here: averages, schedules and counts."""
         return {
             "updates": self.updates,
             "behind": self._behind,
@@ -209,122 +270,45 @@ class ModelEMA:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly from what `state_dict` returned: without the count, a ramp would start over and forget the average.
+        """Resume exactly from what `state_dict` returned: without the count, a ramp would start over and forget the average.
 
-        The saved schedules are taken over, too. A schedule class of your own, which cannot be made by name, must be
-        given at construction as it was. Raises `EmaError` when it was not, or when the variants or the tensors are
-        others; nothing has changed then.
+        The saved schedules are taken over, too. A schedule that cannot be made by name, as a function or a class of your
+        own, must be given before as it was. Raises `EmaError` when it was not, for a field that is missing or not what it
+        should be, and for variants or tensors of another average; nothing has changed then.
         """
-        variants = state.get("variants", {})
-        if variants.keys() != self.variants.keys():
-            raise EmaError(f"the state has the variants {sorted(variants)}, this average {sorted(self.variants)}")
-        decay = _restored(self.decay, state.get("schedule"))
-        schedules = {name: _restored(self.schedules[name], saved["schedule"]) for name, saved in variants.items()}
-        _load_all(
-            [self.ema, *(self.variants[name] for name in variants)],
-            [state["ema"], *(saved["ema"] for saved in variants.values())],
+        whole = check_saved(state, list(self.variants))
+        variants = whole["variants"]
+        decay = _restored(self.decay, whole["schedule"])
+        schedules = {name: _restored(self.schedules[name], variants[name]["schedule"]) for name in self.schedules}
+        load_all(
+            [self.ema, *self.variants.values()], [whole["ema"], *(variants[name]["ema"] for name in self.variants)]
         )
         self.decay, self.schedules = decay, schedules
-        self.update_every = state.get("update_every", self.update_every)
-        self.updates, self._behind = state["updates"], state.get("behind", 0)
-        self._skipped, self._skipped_on_device = state.get("skipped", 0), None
+        self.update_every, self.updates, self._behind = whole["update_every"], whole["updates"], whole["behind"]
+        self._skipped, self._skipped_on_device = whole["skipped"], None
+        self._plan = None  # what is not finite in the averages may be elsewhere now
 
     def __getstate__(self) -> dict[str, object]:
         # The plan points into a live model; it is rebuilt at the next update. A followed optimizer does not come along,
         # nor does a model with weights swapped into it.
-        return {**self.__dict__, "_plan": None, "_stepped": None, "_swapped": False}
+        return {**self.__dict__, "_plan": None, "_following": None, "_swapped": False}
 
     def _planned(self, model: nn.Module) -> Plan:
         averages = [self.ema, *self.variants.values()]
         if self._plan is None or not self._plan.holds(averages, model):
             for module in (*averages, model):
-                _reshard(module)
+                reshard(module)
             self._plan = Plan(averages, model, buffers=self.buffers, exclude=self.exclude)
         return self._plan
 
 
-def _average_of(
-    model: nn.Module,
-    *,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    factory: Callable[[], nn.Module] | None,
-) -> nn.Module:
-    """A module like the model, with its present state, to average in."""
-    if factory is None:
-        try:
-            average = copy.deepcopy(model)
-        except Exception as error:  # whatever keeps a module from being copied, the way out is the same
-            raise EmaError(
-                f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}): "
-                "give ModelEMA(..., factory=...) that makes another one"
-            ) from error
-    else:
-        average = unwrap(factory())
-        _reshard(model)
-        with torch.no_grad():
-            for weight, initial in Plan([average], model, buffers="copy", exclude=()).pairs(0):
-                initial.copy_(weight)
-    average.eval().requires_grad_(False)
-    average._apply(lambda tensor: tensor.to(device, _averaged_dtype(tensor, dtype)))  # type: ignore[no-untyped-call]
-    return average
-
-
-def _averaged_dtype(tensor: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """float32 for half precision: at a decay of 0.9999, bfloat16 has too few digits to move at all."""
-    if not tensor.is_floating_point():
-        return tensor.dtype
-    return wanted or (torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype)
-
-
-def _reshard(module: nn.Module) -> None:
-    """Let FSDP2 give up weights that it has gathered for a forward pass, and go back to the shards they came from."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return  # where it was not imported, nothing is sharded by it
-    for child in module.modules():
-        if isinstance(child, fsdp.FSDPModule):
-            child.reshard()
-
-
-def _check_named(patterns: Iterable[str], module: nn.Module) -> None:
-    """Raises `EmaError` for a pattern that names no tensor: a misspelt one would be averaged in silence."""
-    names = [plain_name(name) for name in module.state_dict()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise EmaError(f"exclude={pattern!r} names nothing that is averaged: there are {', '.join(names[:10])} ...")
-
-
-def _load_all(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load each module's state, or none: torch's own loading has taken in what fits when it raises."""
-    before = [
-        {name: value.clone() if isinstance(value, Tensor) else value for name, value in module.state_dict().items()}
-        for module in modules
-    ]
-    try:
-        for module, state in zip(modules, states, strict=True):
-            module.load_state_dict(state)
-    except RuntimeError as error:
-        for module, state in zip(modules, before, strict=True):
-            module.load_state_dict(state)
-        raise EmaError(f"the saved state is not of this average: {error}") from error
-
-
-def _restored(schedule: Schedule, description: Mapping[str, Any] | None) -> Schedule:
-    if description is None or description == schedule.describe():
+def _restored(schedule: Schedule, description: Mapping[str, Any]) -> Schedule:
+    if description == schedule.describe():
         return schedule
     try:
         return from_description(description)
     except EmaError as error:
-        raise EmaError(f"the state's schedule is {dict(description)}, this average's {schedule.describe()}") from error
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, however nested."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
+        raise EmaError(
+            f"the state's schedule is {dict(description)}, this average's {schedule.describe()}: one that cannot be made by "
+            "name must be set before the state is loaded"
+        ) from error

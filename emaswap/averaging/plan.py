@@ -32,9 +32,7 @@ class Plan:
         self._held = [Held(module) for module in (*averages, model)]
         *averaged, weights = [held.state() for held in self._held]
         for states in averaged:
-            if found := differences(states, weights, dtypes=None) or _sharded_differently(states, weights):
-                raise EmaError(f"the model does not match its average: {in_words(found)}")
-
+            _check_alike(states, weights)
         exclude = tuple(exclude)
         unaveraged = _buffer_names(model) if buffers == "copy" else set()
         copied = {
@@ -45,7 +43,9 @@ class Plan:
         self._fused: list[Tensor] = []
         self._fused_averages: list[list[Tensor]] = [[] for _ in averages]
         self._converted: list[tuple[Tensor, list[Tensor]]] = []
+        self._masked: list[tuple[Tensor, list[Tensor]]] = []
         self._copied: list[tuple[Tensor, list[Tensor]]] = []
+        self._names: dict[int, str] = {}
         self._meshes: dict[Any, None] = {}
         done: dict[object, object] = {}
         for name, average in averaged[0].items():
@@ -58,9 +58,12 @@ class Plan:
             if mesh := getattr(average, "device_mesh", None):
                 self._meshes[mesh] = None
             weight, followers = local_part(weights[name]), [local_part(each[name]) for each in averaged]
+            self._names[id(weight)] = name
             is_number = average.is_floating_point() or average.is_complex()
             if not is_number or memory in copied:
                 self._copied.append((weight, followers))
+            elif not all(each.is_meta or _is_finite(each) for each in followers):
+                self._masked.append((weight, followers))
             elif any((each.dtype, each.device) != (weight.dtype, weight.device) for each in followers):
                 self._converted.append((weight, followers))
             else:
@@ -80,11 +83,11 @@ class Plan:
 
     def weights(self) -> list[Tensor]:
         """The model's tensors that are averaged (of sharded ones, this process's part)."""
-        return self._fused + [weight for weight, _ in self._converted]
+        return self._fused + [weight for weight, _ in self._converted + self._masked]
 
     def pairs(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """Each tensor of the model's state with the one of the average of this index."""
-        others = [(weight, followers[index]) for weight, followers in self._converted + self._copied]
+        others = [(weight, followers[index]) for weight, followers in self._converted + self._masked + self._copied]
         return [*zip(self._fused, self._fused_averages[index], strict=True), *others]
 
     def put_back(self) -> None:
@@ -92,22 +95,37 @@ class Plan:
         self._held[-1].put_back()
 
     def found_inf(self) -> Tensor:
-        """[1.0] where a weight is not finite, else [0.0]. On CUDA nobody waits for it: it is for `run_unless`."""
-        weights = self.weights()
-        if all(weight.device.type == "cpu" for weight in weights):
+        """Return [1.0] where a weight is not finite and was not so in the average, else [0.0].
+
+        On CUDA the flag stays on the device; pass it to `run_unless`.
+        """
+        weights = self._fused + [weight for weight, _ in self._converted]
+        everything = self.weights()
+        if all(weight.device.type == "cpu" for weight in everything):
             # The last come first: what was looked at most recently is averaged first, while it is still in the cache.
-            flag = torch.tensor([float(not all(map(_is_finite, reversed(weights))))])
+            found = not all(map(_is_finite, reversed(weights))) or any(
+                bool(_has_become_infinite(now, followers[0])) for now, followers in self._masked
+            )
+            flag = torch.tensor([float(found)])
         else:
-            device = weights[0].device
+            device = everything[0].device
             filled = [weight for weight in weights if weight.numel()]  # an empty one has no norm
             norms = [norm.to(device) for norm in torch._foreach_norm(filled, float("inf"))] if filled else []
             flag = (~torch.isfinite(torch.stack([torch.zeros((), device=device), *norms])).all()).float().reshape(1)
+            for now, followers in self._masked:
+                flag = torch.maximum(flag, _has_become_infinite(now, followers[0]).to(flag).reshape(1))
         # One process's part decides for all that share a tensor, or their averages would no longer belong together. Of
         # meshes within one another the largest comes last, so that all learn what was found in a part.
         for mesh in sorted(self._meshes, key=lambda mesh: mesh.size()):
             for dimension in range(mesh.ndim):
                 torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, mesh.get_group(dimension))
         return flag
+
+    def not_finite(self) -> list[str]:
+        """Return the names of the weights for which `found_inf` says that they are not finite. Waits for the device."""
+        found = [weight for weight in self._fused + [now for now, _ in self._converted] if not _is_finite(weight)]
+        found += [now for now, followers in self._masked if _has_become_infinite(now, followers[0])]
+        return [self._names[id(weight)] for weight in found]
 
     def run(self, weights: Sequence[float]) -> None:
         """average ← average + weight·(model − average) for each average, and what is not averaged as it is."""
@@ -120,6 +138,11 @@ class Plan:
         for now, followers in self._converted:
             for average, weight in zip(followers, weights, strict=True):
                 average.copy_(now) if weight == 1 else average.lerp_(now.to(average), weight)
+        for now, followers in self._masked:
+            for average, weight in zip(followers, weights, strict=True):
+                value = now.to(average)
+                if not torch.equal(average, value):  # a mask that never changes costs one look
+                    average.copy_(_averaged_where_finite(average, value, weight))
         for followed in zip(*(followers for _, followers in self._copied), strict=True):
             torch._foreach_copy_(followed, [now for now, _ in self._copied])
 
@@ -140,6 +163,9 @@ class Plan:
             for now, average in pairs:
                 value = now.to(average)
                 _set_unless(found_inf, average, value if weight == 1 else average.lerp(value, weight))
+            for now, followers in self._masked:
+                average = followers[index]
+                _set_unless(found_inf, average, _averaged_where_finite(average, now.to(average), weight))
         for now, followers in self._copied:
             for average in followers:
                 _set_unless(found_inf, average, now.to(average))
@@ -149,6 +175,13 @@ def _memory(tensor: Tensor) -> object:
     """The same for tensors that are one, be it under several objects."""
     local = getattr(tensor, "_local_tensor", tensor)
     return (local.data_ptr(), local.dtype, local.shape, local.stride()) if local.data_ptr() else id(tensor)
+
+
+def _check_alike(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    if found := differences(averages, weights, dtypes=None) or _sharded_differently(averages, weights):
+        raise EmaError(
+            f"the model does not match its average: {in_words(found)}; make a ModelEMA of the model as it is now"
+        )
 
 
 def _sharded_differently(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -165,7 +198,24 @@ def _buffer_names(model: nn.Module) -> set[str]:
 def _is_finite(tensor: Tensor) -> bool:
     """A sum reads the tensor once and is not finite where a number is not; each is looked at only when it overflows."""
     total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
-    return cmath.isfinite(total.item()) or bool(tensor.isfinite().all())
+    if cmath.isfinite(total.item()):
+        return True
+    return bool((tensor if tensor.dtype.itemsize > 1 else tensor.float()).isfinite().all())
+
+
+def _has_become_infinite(weight: Tensor, average: Tensor) -> Tensor:
+    """Return whether a number of the weight is not finite and is another one than in the average, as a tensor."""
+    value = weight.to(average)
+    if value.device.type == "cpu" and torch.equal(value, average):
+        return torch.tensor(data=False)
+    same = (value == average) | (value.isnan() & average.isnan())
+    return (~value.isfinite() & ~same).any()
+
+
+def _averaged_where_finite(average: Tensor, value: Tensor, weight: float) -> Tensor:
+    """Return the average of what is finite on both sides, and the value elsewhere: a lerp would make NaN of infinities."""
+    finite = average.isfinite() & value.isfinite()
+    return value if weight == 1 else torch.where(finite, average.lerp(value, weight), value)
 
 
 def _set_unless(flag: Tensor, average: Tensor, value: Tensor) -> None:

@@ -1,33 +1,95 @@
 """Recalibration of batch norm: running statistics measured with the averaged weights, rather than averaged themselves."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
+from inspect import Parameter
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from emaswap.averaging.averaged_module import unwrap
+from emaswap.errors import EmaError
+
 
 @torch.no_grad()
-def recalibrate(module: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
-    """Set every batch norm's running mean and variance to the mean over these batches (inputs of `forward`, rows first).
+def recalibrate(module: nn.Module, batches: Iterable[Any]) -> None:
+    """Set every batch norm's running mean and variance to the mean over these batches, as a `DataLoader` yields them.
 
     Statistics that were averaged over training belong to weights of the past; these belong to the weights as they are
     (stochastic weight averaging, arXiv 1803.05407, section 3.1). Every other layer stays in eval mode, so that dropout
     neither changes the statistics nor draws random numbers. Without batch norm, nothing runs.
+
+    Args:
+        module: the module to change, as it is published or evaluated.
+        batches: the inputs of `forward`, rows first, moved to the module's device. Each is a tensor; or a list or tuple,
+            of which `forward` gets as many as it requires, so that labels behind them are left out; or a mapping, of
+            which it gets those that it has a parameter for.
+
+    Raises `EmaError` when there is no batch, or one is something else. The statistics are as before whenever this raises.
     """
     norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
     if not norms:
         return
-    module.eval()
+    device = next(chain(module.parameters(), module.buffers())).device
+    parameters = list(inspect.signature(unwrap(module).forward).parameters.values())
+    before = [{name: tensor.clone() for name, tensor in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
+    module.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
         norm.train()
+    done = False
     try:
-        for batch in batches:
-            module(*batch) if isinstance(batch, tuple) else module(batch)
+        for number, batch in enumerate(batches, 1):
+            inputs, named = _inputs(batch, parameters, f"batch {number}")
+            module(*(each.to(device) for each in inputs), **{name: each.to(device) for name, each in named.items()})
+            done = True
+        if not done:
+            raise EmaError("there was no batch to recalibrate with: an iterator that is used up must be made again")
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            norm.load_state_dict({**norm.state_dict(), **buffers})
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         module.eval()
+
+
+def _inputs(batch: object, parameters: list[Parameter], what: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return what `forward` gets of a batch, by position and by name."""
+    if isinstance(batch, Mapping):
+        takes_any = any(each.kind is Parameter.VAR_KEYWORD for each in parameters)
+        names = {
+            each.name for each in parameters if each.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+        }
+        named = {str(name): value for name, value in batch.items() if name in names or takes_any}
+        if not named:
+            raise EmaError(
+                f"{what} has {', '.join(map(str, batch)) or 'nothing'}, and forward takes {', '.join(sorted(names))}"
+            )
+        _check_tensors(named, what)
+        return [], named
+    given: list[Any] = list(batch) if isinstance(batch, (list, tuple)) else [batch]
+    positional = [
+        each for each in parameters if each.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    required = sum(each.default is Parameter.empty for each in positional)
+    if len(given) < required or not given:
+        raise EmaError(f"{what} has {len(given)} tensors, and forward requires {required}")
+    given = given[: max(required, 1)]
+    _check_tensors(dict(enumerate(given)), what)
+    return given, {}
+
+
+def _check_tensors(values: Mapping[Any, object], what: str) -> None:
+    for place, value in values.items():
+        if not isinstance(value, Tensor):
+            raise EmaError(
+                f"{what} holds a {type(value).__name__} at {place!r}, expected a tensor; a batch is a tensor, a list or "
+                "tuple of them, or a mapping of them by name"
+            )

@@ -7,9 +7,9 @@ A schedule maps the number of the update being made (1 for the first) to the dec
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 from emaswap.errors import EmaError
 
@@ -189,6 +189,37 @@ class Scaled:
         return {**inner, "kappa": self.kappa * float(inner.get("kappa", 1))}
 
 
+@dataclass(frozen=True)
+class Custom:
+    """A function of the update count as a schedule, as scripts write it: `ema.decay = lambda updates: ...`.
+
+    Its name says that nobody can make it again from its description: to resume, set the same function first.
+    """
+
+    function: Callable[[float], float]
+
+    def __call__(self, updates: float) -> float:
+        return self.function(updates)
+
+    def describe(self) -> Description:
+        return {"name": "custom"}
+
+
+def as_schedule(decay: object, tau: float = 2000.0) -> Schedule:
+    """Return a schedule as it is, a function as `Custom`, and a number as the final decay of an `ExponentialRamp`.
+
+    Raises `EmaError` for anything else.
+    """
+    if callable(decay):
+        return cast("Schedule", decay) if hasattr(decay, "describe") else Custom(decay)
+    if isinstance(decay, (int, float)) and not isinstance(decay, bool):
+        return ExponentialRamp(float(decay), tau)
+    raise EmaError(
+        f"a decay is a number in [0, 1], a schedule or a function of the update count, got {decay!r}; "
+        "make_schedule() makes a schedule by name"
+    )
+
+
 _BY_NAME = {kind.name: kind for kind in (Constant, ExponentialRamp, CountRamp, InverseGamma, PowerFunction)}
 SCHEDULES = tuple(_BY_NAME)
 
@@ -220,10 +251,22 @@ def from_description(description: Mapping[str, Any]) -> Schedule:
 
 
 def span_decay(schedule: Schedule, first: int, last: int) -> float:
-    """The decay of the updates `first` to `last` together: the product of their decays, exactly."""
+    """Return the decay of the updates `first` to `last` together, exactly: the product of what `decay_at` returns."""
     if type(schedule) is Constant:
         return float(schedule.decay ** (last - first + 1))
-    return math.prod(schedule(number) for number in range(first, last + 1))
+    return math.prod(decay_at(schedule, number) for number in range(first, last + 1))
+
+
+def decay_at(schedule: Schedule, updates: int) -> float:
+    """Return the decay of one update. Raises `EmaError` for a schedule that gives no number in [0, 1]."""
+    found = schedule(updates)
+    try:
+        decay = float(found)
+    except (TypeError, ValueError, RuntimeError):
+        decay = math.nan
+    if not 0 <= decay <= 1:
+        raise EmaError(f"a decay must be a number in [0, 1], and {schedule!r} gave {found!r} at update {updates}")
+    return decay
 
 
 def sigma_rel_of(gamma: float) -> float:

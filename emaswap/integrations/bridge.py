@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from emaswap.averaging.model_ema import ModelEMA, unwrap
+from emaswap.averaging.averaged_module import unwrap
+from emaswap.averaging.model_ema import ModelEMA
 from emaswap.averaging.schedule import Schedule
 from emaswap.errors import Fenced, PublishError
 from emaswap.integrations.shield import shield

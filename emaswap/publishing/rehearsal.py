@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, EmaswapError, PublishError
 from emaswap.files import tensor_file
-from emaswap.tensors import named_tensors
+from emaswap.tensors import named_tensors, not_finite
 from emaswap.versions.architecture import Architecture, build, widen
 from emaswap.versions.probe import Rows, to_inputs, tolerances
 from emaswap.versions.signature import Inputs, Signature
@@ -89,6 +89,14 @@ def _built(architecture: Architecture, dtype: torch.dtype | None) -> nn.Module:
         tensor_file.write(io.BytesIO(), {name: tensor.new_empty(0) for name, tensor in named_tensors(module).items()})
     except BadVersion as error:
         raise PublishError(f"no service could build the published module: {error.detail}") from error
+    # A parameter may hold anything before it is filled; a buffer that begins so, as a mask, stays so.
+    parameters = dict(module.named_parameters())
+    buffers = {name: tensor for name, tensor in named_tensors(module).items() if name not in parameters}
+    if bad := not_finite(buffers):
+        raise PublishError(
+            f"services reject state that is not finite, and {factory} builds a module with such: {', '.join(bad[:5])}; "
+            "register a mask of infinities with register_buffer(..., persistent=False)"
+        )
     return module
 
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from emaswap.averaging.model_ema import ModelEMA, unwrap
-from emaswap.averaging.schedule import Schedule, window
+from emaswap.averaging.averaged_module import unwrap
+from emaswap.averaging.model_ema import ModelEMA
+from emaswap.averaging.schedule import Schedule, decay_at, window
 from emaswap.tensors import dtype_name, plain_name
 from emaswap.versions.manifest import EmaInfo, TrainingInfo
 
@@ -186,7 +187,7 @@ def _info(ema: ModelEMA, schedule: Schedule, module: nn.Module) -> EmaInfo:
             "schedule": schedule.describe(),
             "updates": ema.updates,
             "update_every": ema.update_every,
-            "window": window(schedule(ema.updates)),
+            "window": window(decay_at(schedule, ema.updates)) if ema.updates else None,
             "dtype": dtype_name(averaged.dtype) if averaged is not None else "none",
         }
     )

@@ -11,7 +11,7 @@ from inspect import Parameter
 import torch
 from torch import Tensor, nn
 
-from emaswap.averaging.model_ema import unwrap
+from emaswap.averaging.averaged_module import unwrap
 from emaswap.tensors import dtype_name
 
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)

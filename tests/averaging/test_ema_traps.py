@@ -401,8 +401,9 @@ def test_counters_are_plain_numbers() -> None:
 @pytest.mark.parametrize("decay", [0.9999, 0.4, 0.0])
 def test_no_update_waits_for_a_device(decay: float) -> None:
     """On the "meta" device no number can be read at all, and updates go on, guard and all; only `skipped` must wait."""
-    model = Everything().to("meta")
-    ema = ModelEMA(model, Constant(decay), variants={"short": Constant(0.5)}, update_every=2)
+    model = Everything()
+    ema = ModelEMA(model, Constant(decay), variants={"short": Constant(0.5)}, update_every=2).to("meta")
+    model.to("meta")
     with torch.library._scoped_library("aten", "IMPL", "Meta") as library:
         library.impl("_fused_sgd_", lambda *_, **__: None)  # torch has none, and there is nothing to compute
         assert [ema.update(model) for _ in range(4)] == [False, True] * 2

@@ -478,3 +478,33 @@ def test_a_network_in_half_precision_is_published(
     assert {parameter.dtype for parameter in module.parameters()} == {getattr(torch, named[served])}
     expected = ema.ema.get_parameter("layer.weight").to(getattr(torch, named[stored]))
     assert torch.equal(module.get_parameter("layer.weight"), expected.to(getattr(torch, named[served])))
+
+
+class Causal(Linear):
+    """Holds a mask of −∞ in a buffer, as a transformer does."""
+
+    mask: Tensor
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1), persistent=persistent)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows @ self.mask.softmax(-1))
+
+
+def test_a_mask_of_infinities_that_is_no_state_is_averaged_published_and_served(store: DirectoryStore) -> None:
+    """In a buffer that is not persistent it is in nobody's way; in one that is, the publisher says so at once."""
+    torch.manual_seed(0)
+    model = Causal(persistent=False)
+    ema = ModelEMA(model)
+    assert ema.update(model) is True
+    architecture = Architecture.of(Causal, persistent=False)
+    with Publisher(store, name="test", architecture=architecture, probe=ROWS) as publisher:
+        publisher.publish(ema)
+    with serve(store=str(store.root), trust=(f"{HERE}:Causal",)) as served:
+        served.wait_until_live(1)
+        answer = served.predict(ROWS.tolist()).json()
+    torch.testing.assert_close(torch.tensor(answer["outputs"]), ema(ROWS))
+    with pytest.raises(PublishError, match=r"not finite, .* builds a module with such: mask; .*persistent=False"):
+        Publisher(store, name="test", architecture=Architecture.of(Causal, persistent=True), probe=ROWS)
