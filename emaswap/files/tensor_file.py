@@ -7,7 +7,8 @@ module knows neither stores nor modules; it never unpickles and never maps a fil
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, BinaryIO
 
@@ -16,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from emaswap.errors import BadVersion, EmaswapError, Reason
+from emaswap.errors import BadVersion, EmaswapError, Reason, Short
+from emaswap.files import memory
 from emaswap.files.digest import Algorithm, Digest, algorithm_of, new_hasher
 from emaswap.tensors import dtype_name
 
@@ -32,6 +34,7 @@ _NAMES = {
     torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_SIZES = {dtype_name(dtype): dtype.itemsize for dtype in _NAMES}
 
 Size = Annotated[int, Field(ge=0, le=1 << 48)]
 
@@ -96,16 +99,28 @@ def _parts(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
             yield data[begin : begin + _CHUNK_BYTES]
 
 
+def fits(size: int, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bool:
+    """Return whether a file of this size has no more than these tensors in it, given by their dtypes' names and shapes."""
+    total = sum(math.prod(shape) * _SIZES.get(name, 0) for name, shape in tensors.values())
+    return size <= 8 + MAX_HEADER_BYTES + total
+
+
 def read(file: BinaryIO, blob: Blob) -> TensorFile:
     """Read a file once into private memory, verify it, and return tensors that live in just those verified bytes.
 
-    `blob.size` bounds what is read. Raises `BadVersion` when size, digest or header are not what they should be.
+    `blob.size` bounds what is read. Raises `BadVersion` when size, digest or header are not what they should be, and
+    `Short` when there is no memory for so much.
     """
+    if file.seekable():
+        there = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        _check_count(there, blob)
+    memory.require(blob.size, "a tensor file")
     # One byte more than expected is asked for, so that a longer file shows without being read whole.
     try:
         buffer = np.empty(blob.size + 1, dtype=np.uint8)
     except MemoryError:
-        raise BadVersion(Reason.SIZE_MISMATCH, f"{blob.size} bytes are more than this machine has memory for") from None
+        raise Short(f"there is no memory for a tensor file of {blob.size} bytes") from None
     view: memoryview = buffer.data
     hasher = new_hasher(algorithm_of(blob.digest))
     size = 0
@@ -115,13 +130,17 @@ def read(file: BinaryIO, blob: Blob) -> TensorFile:
             break
         hasher.update(view[size : size + count])
         size += count
-    if size != blob.size:
-        came = f"{size} bytes" if size < blob.size else "more"
-        raise BadVersion(Reason.SIZE_MISMATCH, f"expected {blob.size} bytes, the file has {came}")
+    _check_count(size, blob)
     found = f"{algorithm_of(blob.digest)}:{hasher.hexdigest()}"
     if found != blob.digest:
         raise BadVersion(Reason.DIGEST_MISMATCH, f"expected {blob.digest}, the bytes give {found}")
     return _parse(buffer[:size])
+
+
+def _check_count(count: int, blob: Blob) -> None:
+    if count != blob.size:
+        came = f"{count} bytes" if count < blob.size else "more"
+        raise BadVersion(Reason.SIZE_MISMATCH, f"expected {blob.size} bytes, the file has {came}")
 
 
 def _parse(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> TensorFile:

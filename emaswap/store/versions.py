@@ -14,6 +14,7 @@ from emaswap.store.files import Entry, Files, read, reading
 from emaswap.store.keys import Kind, digest_in, manifest_key, tensors_key
 from emaswap.store.look import Look
 from emaswap.store.orders import Orders
+from emaswap.versions import proof
 from emaswap.versions.manifest import MAX_MANIFEST_BYTES, Identity, Manifest
 from emaswap.versions.probe import Probe
 from emaswap.versions.proof import Fetched
@@ -145,7 +146,7 @@ class Store:
     def tensors(self, kind: Kind, blob: Blob) -> TensorFile:
         """Return a tensor file, verified while it is read.
 
-        Raises `BadVersion` when it is missing or not what it should be.
+        Raises `BadVersion` when it is missing or not what it should be, `Short` when there is no memory for it.
         """
         key = tensors_key(kind, blob.digest)
         try:
@@ -163,6 +164,7 @@ class Store:
 
         Raises `BadVersion` when a file is missing or not what it should be.
         """
+        proof.check_size(manifest)
         weights = self.tensors("weights", manifest.weights).tensors
         return Fetched(weights, Probe.from_tensors(self.tensors("probes", manifest.probe).tensors))
 

@@ -7,8 +7,9 @@ trusted factories only.
 import importlib
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from functools import partial
 from pathlib import PurePath
 from typing import Annotated, Any
 
@@ -18,13 +19,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from emaswap.errors import BadVersion, EmaswapError, Reason
+from emaswap.errors import BadVersion, EmaswapError, Reason, Short
 from emaswap.tensors import differences, dtype_name, in_words, named_tensors
+from emaswap.versions.bounded import Bounded
 
 TRUSTED_BY_DEFAULT = ("emaswap.models.*",)
 
 
 _MAX_DEPTH = 32
+# What a factory may allocate in all beside what its module is to hold: temporary tensors, buffers that are no state.
+_USUAL_FACTOR, _USUAL_BYTES = 4, 64 << 20
 
 
 def _plain(arguments: object) -> object:
@@ -170,10 +174,19 @@ def is_trusted(factory: str, trusted: Iterable[str]) -> bool:
     )
 
 
-def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEFAULT) -> nn.Module:
+def build(
+    architecture: Architecture,
+    *,
+    trusted: Iterable[str] = TRUSTED_BY_DEFAULT,
+    like: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Return a new module in eval mode, with the weights that its factory gave it.
 
-    Raises `BadVersion` when the factory is not trusted, cannot be imported, or does not return a module.
+    A factory that allocates much more than the tensors that it is to hold (`like`) is first run on the meta device, which
+    has no memory, and refused there if its tensors are others. All others are run once.
+
+    Raises `BadVersion` when the factory is not trusted, cannot be imported, does not return a module, or one with other
+    tensors; `Short` when there is no memory for what it makes.
     """
     trusted = list(trusted)
     if not is_trusted(architecture.factory, trusted):
@@ -190,7 +203,7 @@ def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEF
             raise BadVersion(
                 Reason.UNTRUSTED_FACTORY, f"{architecture.factory} is imported from elsewhere into a trusted package"
             )
-        module = factory(**architecture.arguments)
+        module = _made(partial(factory, **architecture.arguments), like)
         if not isinstance(module, nn.Module):
             raise TypeError(f"it returned a {type(module).__name__}, not a torch.nn.Module")
         if lazy := [name for name, tensor in module.state_dict(keep_vars=True).items() if is_lazy(tensor)]:
@@ -198,13 +211,34 @@ def build(architecture: Architecture, *, trusted: Iterable[str] = TRUSTED_BY_DEF
                 f"{', '.join(lazy[:5])} have no shape before the module has run: "
                 "give the sizes instead of a lazy module, or run it once in the factory"
             )
-    except BadVersion:
+    except (BadVersion, Short):
         raise
     except (Exception, SystemExit) as error:  # a factory is somebody else's code and may raise anything
         raise BadVersion(
             Reason.FACTORY_FAILED, f"{architecture.factory} failed: {type(error).__name__}: {error}"
         ) from error
     return module.eval().requires_grad_(False)
+
+
+def _made(factory: Callable[[], Any], like: Mapping[str, Tensor] | None) -> Any:
+    if like is None:
+        with Bounded():
+            return factory()
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
+    try:
+        with Bounded(_USUAL_FACTOR * expected + _USUAL_BYTES) as bounded:
+            made = factory()
+    except Exception:
+        if not bounded.exceeded:
+            raise
+    if not bounded.exceeded:
+        return made
+    with torch.device("meta"):
+        made = factory()
+    if isinstance(made, nn.Module):
+        _check_fits(made, like)
+    with Bounded():
+        return factory()
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -215,6 +249,14 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises `BadVersion` naming every tensor that is missing, unexpected, or of another shape or dtype.
     """
+    own = _check_fits(module, tensors)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _check_fits(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the module's own tensors, widened where the given ones are wider. Raises `BadVersion` as `fill` does."""
     try:
         own = named_tensors(module)
     except EmaswapError as error:
@@ -225,9 +267,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own = named_tensors(module)
     if found := differences(own, tensors, dtypes=_holds):
         raise BadVersion(Reason(next(iter(found))), in_words(found))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    return own
 
 
 def widen(module: nn.Module, dtype: torch.dtype) -> None:

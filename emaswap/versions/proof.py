@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emaswap.errors import BadVersion, Reason
+from emaswap.files import tensor_file
 from emaswap.tensors import dtype_name, named_tensors, not_finite
 from emaswap.versions.architecture import build, fill
 from emaswap.versions.manifest import Manifest
@@ -24,19 +25,31 @@ class Fetched:
     probe: Probe
 
 
+def check_size(manifest: Manifest) -> None:
+    """Raises `BadVersion` when a manifest names a larger file than the tensors in its table take."""
+    weights = manifest.weights
+    if not tensor_file.fits(weights.size, {name: (each.dtype, each.shape) for name, each in weights.tensors.items()}):
+        raise BadVersion(
+            Reason.MANIFEST_INVALID, f"it names a file of {weights.size} bytes, and the tensors in its table take fewer"
+        )
+
+
 def verify(manifest: Manifest, fetched: Fetched, *, trusted: Iterable[str], device: torch.device) -> nn.Module:
-    """A module with the fetched weights in it. Raises `BadVersion` when they are not finite or do not fit."""
+    """Return a module with the fetched weights in it.
+
+    Raises `BadVersion` when they are not finite or do not fit, `Short` when there is no memory for the module.
+    """
     weights = fetched.weights
     if bad := not_finite(weights):
         raise BadVersion(Reason.NOT_FINITE, f"NaN or infinity in {', '.join(bad[:20])}")
-    module = build(manifest.architecture, trusted=trusted)
-    fill(module, weights)
     table = {name: (info.dtype, info.shape) for name, info in manifest.weights.tensors.items()}
     found = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in weights.items()}
     if different := sorted(name for name in table.keys() | found.keys() if table.get(name) != found.get(name)):
         raise BadVersion(
             Reason.MANIFEST_INVALID, f"its table of tensors is not that of the file: {', '.join(different[:20])}"
         )
+    module = build(manifest.architecture, trusted=trusted, like=weights)
+    fill(module, weights)
     return module.to(device)
 
 

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from emaswap import BadVersion, EmaswapError, Reason
+from emaswap import BadVersion, EmaswapError, Reason, Short
 from emaswap.files.digest import Algorithm, digest_of
 from emaswap.files.tensor_file import MAX_HEADER_BYTES, Blob, TensorFile, read, write
 from emaswap.tensors import dtype_name, named_tensors, not_finite
@@ -284,10 +284,21 @@ def test_no_more_than_the_claimed_size_is_read(tmp_path: Path, size: int) -> Non
 
 @pytest.mark.parametrize("size", [1 << 44, 1 << 48])
 def test_a_claim_beyond_all_memory_is_a_wrong_size(size: int) -> None:
-    """A small file that is claimed to be larger than memory is rejected for its size, whatever the memory."""
+    """A small file that is claimed to be larger than memory is rejected for its size, before memory is asked for."""
     with pytest.raises(BadVersion) as raised:
         read(io.BytesIO(DATA), Blob(digest=BLOB.digest, size=size))
     assert raised.value.reason == Reason.SIZE_MISMATCH
+
+
+def test_a_file_beyond_all_memory_is_not_read(tmp_path: Path) -> None:
+    """It is no fault of the file's: there may be memory for it elsewhere, or later."""
+    path = tmp_path / "giant"
+    with path.open("wb") as file:
+        file.truncate(1 << 43)
+    with path.open("rb") as file:
+        with pytest.raises(Short, match="a tensor file takes 8192.0 GiB of memory"):
+            read(file, Blob(digest=digest_of(b""), size=1 << 43))
+        assert file.tell() == 0
 
 
 def test_what_was_read_is_private() -> None:

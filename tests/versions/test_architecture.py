@@ -10,6 +10,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from emaswap import Architecture, BadVersion, Constant, EmaswapError, ModelEMA, Reason
+from emaswap import Architecture, BadVersion, Constant, EmaswapError, ModelEMA, Reason, Short
 from emaswap.files.tensor_file import read, write
 from emaswap.tensors import named_tensors
 from emaswap.versions.architecture import build, fill, is_trusted
@@ -460,3 +461,86 @@ def test_numbers_that_are_not_finite_are_filled_as_they_are() -> None:
     module = nn.Linear(1, 1, bias=False)
     fill(module, {"weight": torch.tensor([[math.inf]])})
     assert module.weight.item() == math.inf
+
+
+# -- bounds --------------------------------------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """A layer of some width beside a buffer that is no state; counts how often it is made, and where."""
+
+    made: ClassVar[list[str]] = []
+
+    def __init__(self, width: int = 1, beside: int = 0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+        self.register_buffer("beside", torch.zeros(beside), persistent=False)
+        self.made.append(self.layer.weight.device.type)
+
+
+@pytest.fixture
+def made() -> list[str]:
+    """Where modules were made since the test began."""
+    Counted.made.clear()
+    return Counted.made
+
+
+def counted(width: int, beside: int = 0) -> Architecture:
+    """The architecture of a `Counted`."""
+    return Architecture.of(Counted, width=width, beside=beside)
+
+
+TRUSTED = ("tests.versions.*",)
+MANY = 1 << 21  # a layer of so many by so many float32 takes 16 TiB
+
+
+def weights(width: int) -> dict[str, Tensor]:
+    """Weights of a `Counted`, of any size, in the memory of one number."""
+    return {"layer.weight": torch.zeros(1).expand(width, width), "layer.bias": torch.zeros(1).expand(width)}
+
+
+def test_a_factory_of_the_expected_size_runs_once(made: list[str]) -> None:
+    """As all factories did before there were bounds: on the CPU, and never on the meta device."""
+    module = build(counted(8), trusted=TRUSTED, like=weights(8))
+    fill(module, weights(8))
+    assert made == ["cpu"]
+
+
+def test_a_factory_that_would_make_a_giant_is_refused_for_its_shapes(made: list[str]) -> None:
+    """Nothing of it is allocated: the tensors are compared where they take no memory."""
+    with pytest.raises(BadVersion, match=r"layer\.weight \(expected \[2097152, 2097152\], got \[8, 8\]\)") as raised:
+        build(counted(MANY), trusted=TRUSTED, like=weights(8))
+    assert raised.value.reason is Reason.WRONG_SHAPE
+    assert made == ["meta"]
+
+
+def test_a_giant_that_the_weights_are_of_is_short_of_memory(made: list[str]) -> None:
+    """It is no fault of the version's."""
+    with pytest.raises(Short, match="one tensor of the module takes 16384.0 GiB of memory"):
+        build(counted(MANY), trusted=TRUSTED, like=weights(MANY))
+    with pytest.raises(Short, match="one tensor of the module"):
+        build(counted(MANY), trusted=TRUSTED)
+    assert made == []
+
+
+def test_much_that_is_no_state_is_built_all_the_same(made: list[str]) -> None:
+    """A module that takes more than its weights, and fits, is compared first, and then built."""
+    module = build(counted(8, beside=40 << 20), trusted=TRUSTED, like=weights(8))
+    assert module.get_buffer("beside").device.type == "cpu"
+    assert made == ["meta", "cpu"]
+
+
+def test_a_factory_that_swallows_errors_is_bounded_too(made: list[str]) -> None:
+    """What it made instead is not taken for the module."""
+    with pytest.raises(BadVersion) as raised:
+        build(Architecture.of(swallowing), trusted=TRUSTED, like=weights(8))
+    assert raised.value.reason is Reason.WRONG_SHAPE
+    assert made == ["meta"]
+
+
+def swallowing() -> nn.Module:
+    """Make a giant, or something small where that fails."""
+    try:
+        return Counted(MANY)
+    except MemoryError:
+        return Counted(8)

@@ -1,20 +1,30 @@
 """Versions that cannot be loaded for now: what is short, unreadable or hangs is passed over, and tried again."""
 
+import resource
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from torch import nn
 
-from emaswap import DirectoryStore, Unreadable
+from emaswap import Architecture, DirectoryStore, Manifest, Unreadable
+from emaswap.files.digest import digest_of, stem_of
+from emaswap.files.tensor_file import Blob
 from emaswap.store.directory import Directory
+from emaswap.store.line import Place, Term
+from emaswap.versions.manifest import TensorInfo, WeightsInfo
 from tests.conftest import Publish
+from tests.forging import commit
+from tests.models import Linear
 from tests.publishing.test_variants import published
-from tests.serving import ADMIN, Served, serve, wait_for
+from tests.serving import ADMIN, Served, ServiceProcess, serve, wait_for
 from tests.troubled_models import SHORTAGES, TRUST, Troubled, Untroubled, trouble
 
+HERE = "tests.service.control.*"
 ROW = [[1.0, 2.0, 3.0]]
 
 
@@ -84,6 +94,58 @@ def test_a_factory_that_is_just_wrong_is_rejected(store: DirectoryStore, publish
     with serving(store) as served:
         assert served.wait_until_rejected(2)["reason"] == "factory_failed"
         served.wait_until_live(1)
+
+
+class Giant(Linear):
+    """A `Linear` that can be made larger than all memory."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.more = nn.Linear(width, width, bias=False)
+
+
+def add_giant(store: DirectoryStore, term: Term, *, width: int, stored: int) -> None:
+    """Commit a version whose factory makes a giant, with weights of another width, whose file is all holes."""
+    good = store.manifest(store.newest())
+    table = good.weights.tensors | {"more.weight": TensorInfo(dtype="float32", shape=(stored, stored))}
+    blob = Blob(digest=digest_of(b"never read"), size=4 * stored**2 + good.weights.size)
+    path = store.root / "weights" / f"{stem_of(blob.digest)}.safetensors"
+    with path.open("wb") as file:
+        file.truncate(blob.size)
+    fields = {
+        "weights": WeightsInfo(digest=blob.digest, size=blob.size, tensors=table),
+        "architecture": Architecture.of(Giant, width=width),
+    }
+
+    def describe(place: Place) -> Manifest:
+        return good.model_copy(
+            update={**fields, "version": place.version, "term": place.term, "run": place.run, "parent": place.parent}
+        )
+
+    term.commit(describe)
+
+
+def test_a_version_that_memory_does_not_suffice_for_is_retried_and_the_service_lives(
+    store: DirectoryStore,
+) -> None:
+    """A weights file of 4 GB in a process that may use 1.5 GB more: not read, counted, and versions go on."""
+    store.prepare()
+    term = Term(store, "test")
+    commit(store, term)
+    with ServiceProcess(store.root, "--trust", HERE, "--poll-s", "0.05") as served:
+        used = int(Path(f"/proc/{served.process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(served.process.pid, resource.RLIMIT_AS, (used + (3 << 29), resource.RLIM_INFINITY))
+        add_giant(store, term, width=1 << 15, stored=1 << 15)
+        wait_for(lambda: served.metric("emaswap_load_retries_total") >= 3, what="three retries")
+        assert served.states()[2]["state"] != "rejected"
+        assert_answers_with(served, 1)
+        status = served.client.get("/model/versions").json()["status"]
+        assert "version 2 could not be loaded" in status
+        assert "a tensor file takes 4.0 GiB of memory" in status
+        commit(store, term)
+        served.wait_until_live(3)
+        resident = Path(f"/proc/{served.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]
+        assert int(resident) < 1 << 20  # KiB
 
 
 # -- what cannot be read ------------------------------------------------------------------------------------------------
@@ -162,6 +224,7 @@ def test_the_watch_goes_on_beside_a_load_that_hangs(store: DirectoryStore, publi
         served.wait_until_live(publish(module).version)
         trouble.factory_hangs = True
         publish(module)
+        wait_for(lambda: served.metric("emaswap_hung_loads") == 1, what="a load that hangs")
         later = publish(Untroubled())
         served.wait_until_live(later.version)
         assert_answers_with(served, later.version)
