@@ -32,13 +32,13 @@ def check_place(manifest: Manifest, numbers: Sequence[int], terms: Mapping[int, 
         numbers: of all versions in the store, ascending.
         terms: of as many versions as are known, by number.
     """
+    check_term(manifest)
     version, term = manifest.version, manifest.term
     if version not in in_line(tuple(sorted({*numbers, version}))):
         raise BadVersion(
             Reason.OUT_OF_LINE,
             f"number {version} is more than {MAX_GAP} above the one before it, and no publisher can have reached it",
         )
-    check_term(manifest)
     above = max(
         (known for number, known in terms.items() if number < version and known <= number + MAX_LEAD), default=0
     )

@@ -159,12 +159,12 @@ class Store:
         except BadVersion as error:
             raise BadVersion(error.reason, f"{key}: {error.detail}") from None
 
-    def fetch(self, manifest: Manifest) -> Fetched:
+    def fetch(self, manifest: Manifest, *, max_bytes: int | None = None) -> Fetched:
         """Read a version's weights and probe once into private memory, verified against its manifest.
 
-        Raises `BadVersion` when a file is missing or not what it should be.
+        Raises `BadVersion` when a file is missing or not what it should be, or the weights take more than `max_bytes`.
         """
-        proof.check_size(manifest)
+        proof.check_size(manifest, max_bytes)
         weights = self.tensors("weights", manifest.weights).tensors
         return Fetched(weights, Probe.from_tensors(self.tensors("probes", manifest.probe).tensors))
 

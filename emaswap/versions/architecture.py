@@ -266,7 +266,8 @@ def _check_fits(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
         widen(module, max(wider, key=lambda dtype: dtype.itemsize))
         own = named_tensors(module)
     if found := differences(own, tensors, dtypes=_holds):
-        raise BadVersion(Reason(next(iter(found))), in_words(found))
+        detail = in_words(found)
+        raise BadVersion(Reason(next(iter(found))), detail)
     return own
 
 

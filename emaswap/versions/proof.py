@@ -25,9 +25,13 @@ class Fetched:
     probe: Probe
 
 
-def check_size(manifest: Manifest) -> None:
-    """Raises `BadVersion` when a manifest names a larger file than the tensors in its table take."""
+def check_size(manifest: Manifest, max_bytes: int | None = None) -> None:
+    """Raises `BadVersion` when a manifest names a larger file than is allowed, or than the tensors in its table take."""
     weights = manifest.weights
+    if max_bytes is not None and weights.size > max_bytes:
+        raise BadVersion(
+            Reason.TOO_LARGE, f"its weights file has {weights.size} bytes, and at most {max_bytes} are allowed here"
+        )
     if not tensor_file.fits(weights.size, {name: (each.dtype, each.shape) for name, each in weights.tensors.items()}):
         raise BadVersion(
             Reason.MANIFEST_INVALID, f"it names a file of {weights.size} bytes, and the tensors in its table take fewer"
@@ -60,10 +64,10 @@ def replay(manifest: Manifest, probe: Probe, module: nn.Module, *, device: torch
     """
     if not all(len(value) for value in probe.inputs.values() if value.dim()):
         raise BadVersion(Reason.PROBE_FAILED, "a probe of no rows proves nothing")
-    outputs = probe.replay(module, manifest.signature)
     tensors = named_tensors(module)
     own, usual = tolerances(tensors, device), tolerances(tensors, torch.device("cpu"))
     asked = manifest.probe.rtol, manifest.probe.atol
     rtol, atol = (mine if wish >= common else wish for wish, mine, common in zip(asked, own, usual, strict=True))
+    outputs = probe.replay(module, manifest.signature)
     probe.compare(outputs, rtol=rtol, atol=atol)
     return outputs

@@ -96,8 +96,7 @@ class Loader:
         try:
             with stage(State.FETCHING):
                 manifest = manifest.of_variant(self._variant)
-                self._check_size(manifest)
-                fetched = self.store.fetch(manifest)
+                fetched = self.store.fetch(manifest, max_bytes=self._max_bytes)
             with stage(State.VERIFYING):
                 module = proof.verify(manifest, fetched, trusted=self._trusted, device=self._device)
             with stage(State.WARMING):
@@ -113,10 +112,3 @@ class Loader:
                 raise Missing(f"version {manifest.version} was pruned while it was being read") from None
             raise
         return Servable(manifest, module, fetched.probe, self._device, datetime.now(UTC), moved)
-
-    def _check_size(self, manifest: Manifest) -> None:
-        if self._max_bytes is not None and manifest.weights.size > self._max_bytes:
-            raise BadVersion(
-                Reason.TOO_LARGE,
-                f"its weights file has {manifest.weights.size} bytes, and --max-model-bytes allows {self._max_bytes}",
-            )
