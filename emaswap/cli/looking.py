@@ -1,0 +1,102 @@
+"""Looking into a store: `ls`, `show`, `verify`."""
+
+import sys
+from datetime import UTC, datetime
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from emaswap.cli.options import Location, Number
+from emaswap.cli.output import console, duration, plain, printable
+from emaswap.errors import BadVersion, Missing, Short, Unreadable
+from emaswap.store import Store, open_store
+from emaswap.store.line import Line
+from emaswap.store.look import Look
+from emaswap.versions import proof
+from emaswap.versions.architecture import TRUSTED_BY_DEFAULT
+from emaswap.versions.manifest import Manifest
+
+
+def ls(store: Location) -> None:
+    """List the versions in a store, the newest last."""
+    found = open_store(store)
+    look = found.look()
+    stored = found.stored("weights")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("version", "term", "step", "published", "MB", "digest", "EMA metrics", ""):
+        numeric = heading in ("version", "term", "step", "MB")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for version in look.numbers:
+        notes = "pinned" if (pin := look.pin) and pin.version == version else ""
+        try:
+            manifest = found.manifest(version)
+        except (BadVersion, Missing, Unreadable) as error:
+            table.add_row(str(version), *[""] * 6, plain(f"cannot be read: {error}"))
+            continue
+        if manifest.weights.digest not in stored:
+            notes = f"{notes} weights pruned".strip()
+        table.add_row(*_row(manifest), notes)
+    console.print(table)
+
+
+def show(store: Location, version: Number) -> None:
+    """Print a version's manifest."""
+    lines = open_store(store).manifest(version).encode().decode().splitlines()
+    sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
+
+
+def verify(
+    store: Location,
+    versions: Annotated[list[int] | None, typer.Argument(help="Versions to verify; all of them by default.")] = None,
+    trust: Annotated[
+        list[str] | None, typer.Option(help="Factory to trust besides those of emaswap.models; may be repeated.")
+    ] = None,
+) -> None:
+    """Prove versions right as a service would: terms, digests, schema, finite values, and the replayed probe."""
+    found = open_store(store)
+    look, line = found.look(), Line(found)
+    trusted = (*TRUSTED_BY_DEFAULT, *(trust or ()))
+    problems = []
+    for version in track(versions or look.numbers, "verifying", console=Console(stderr=True), transient=True):
+        problem = _problem(found, version, look, line, trusted)
+        console.print(plain(f"version {version}: {problem or 'right'}"), soft_wrap=True)
+        problems += [problem] if problem else []
+    if problems:
+        raise typer.Exit(1)
+
+
+def _row(manifest: Manifest) -> list[str | Text]:
+    metrics = [
+        f"{name.removeprefix('ema_')} {value:.4g}"
+        for name, value in manifest.training.metrics.items()
+        if value is not None and name.startswith("ema_")
+    ]
+    return [
+        str(manifest.version),
+        str(manifest.term),
+        str(manifest.training.step),
+        f"{duration(manifest.age_s(datetime.now(UTC)))} ago",
+        f"{manifest.weights.size / 1e6:.1f}",
+        manifest.weights.digest[:19],
+        plain(", ".join(metrics)),
+    ]
+
+
+def _problem(store: Store, version: int, look: Look, line: Line, trusted: tuple[str, ...]) -> str:
+    """Return what is wrong with a version; empty when nothing is."""
+    device = torch.device("cpu")
+    try:
+        whole = store.manifest(version)
+        line.check(whole, look)
+        for manifest in (whole, *map(whole.of_variant, whole.variants)):
+            fetched = store.fetch(manifest)
+            module = proof.verify(manifest, fetched, trusted=trusted, device=device)
+            proof.replay(manifest, fetched.probe, module, device=device)
+    except (BadVersion, Missing, Short, Unreadable) as error:
+        return str(error)
+    return ""
