@@ -22,7 +22,9 @@ class ControlMetrics:
         Gauge(
             "emaswap_live_version", "The version that answers; 0 when there is none.", registry=registry
         ).set_function(lambda: slot.current.version if slot.current else 0)
-        self._live_step = Gauge("emaswap_live_step", "The training step of the live version.", registry=registry)
+        Gauge(
+            "emaswap_live_step", "The training step of the live version; NaN when there is none.", registry=registry
+        ).set_function(lambda: slot.current.manifest.training.step if slot.current else math.nan)
         self._live_in_store = Gauge(
             "emaswap_live_in_store",
             "1 while the store has the live version as itself, 0 when it is gone or another has its number; NaN before the first.",
@@ -78,7 +80,6 @@ class ControlMetrics:
     def went_live(self, servable: Servable, timings_s: Mapping[str, float]) -> None:
         """Note that a version went live."""
         self._swaps.inc()
-        self._live_step.set(servable.manifest.training.step)
         self._live_in_store.set(1)
         self._clock_skew.set(servable.manifest.skew_s(servable.loaded_at))
         self._publish_to_served.observe(servable.publish_to_served_s)

@@ -45,7 +45,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         service.batcher,
         service.serving_metrics,
         settings,
-        status=lambda: service.standing.status,
+        standing=lambda: service.standing,
         draining=lambda: service.draining,
     )
 

@@ -12,6 +12,7 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from emaswap import Signature
+from service.control.standing import Standing
 from service.logs import Seldom
 from service.refusal import Code, Refusal
 from service.serving.batcher import Answer, Batcher, Superseded
@@ -45,15 +46,15 @@ class Predict:
         metrics: ServingMetrics,
         settings: ServiceSettings,
         *,
-        status: Callable[[], str],
+        standing: Callable[[], Standing],
         draining: Callable[[], bool],
     ) -> None:
-        """`status` says why no version is live yet; `draining` whether connections should go elsewhere."""
+        """`standing` says how things stand; `draining` whether connections should go elsewhere."""
         self.slot = slot
         self.batcher = batcher
         self.metrics = metrics
         self.settings = settings
-        self.status = status
+        self.standing = standing
         self.draining = draining
         self._seldom = Seldom()
 
@@ -115,7 +116,7 @@ class Predict:
                 alone = alone or error.broken
                 continue
             if wanted and answer.servable.version < wanted:  # rolled back while the request waited
-                raise refused.TooOld(answer.servable, wanted)
+                raise refused.TooOld(answer.servable, wanted, self.standing().pin)
             return answer
         raise Refusal(
             Code.VERSION_CHANGED, f"the live version was replaced {_ATTEMPTS} times while this request waited"
@@ -146,9 +147,9 @@ class Predict:
     def _live(self, wanted: int) -> Servable:
         servable = self.slot.current
         if servable is None:
-            raise refused.no_live_version(self.status())
+            raise refused.no_live_version(self.standing().status)
         if servable.version < wanted:
-            raise refused.TooOld(servable, wanted)
+            raise refused.TooOld(servable, wanted, self.standing().pin)
         return servable
 
     async def _parse(self, body: bytes, signature: Signature) -> Rows:

@@ -6,6 +6,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from emaswap import Pin
 from service.refusal import Code, Refusal
 from service.serving.servable import Servable
 
@@ -45,12 +46,18 @@ _BY_STATUS = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_
 
 
 class TooOld(Refusal):
-    """The live version is older than the request demands; the answer names it."""
+    """The live version is older than the request demands; the answer names it, and says whether that was ordered."""
 
-    def __init__(self, live: Servable, wanted: int) -> None:
+    def __init__(self, live: Servable, wanted: int, pin: Pin | None) -> None:
+        self.ordered = pin is not None and pin.version < wanted
+        what_to_do = (
+            "an operator has pinned an older one: follow that order"
+            if self.ordered
+            else "try again when it has arrived"
+        )
         super().__init__(
             Code.VERSION_TOO_OLD,
-            f"expected version {wanted} or later, version {live.version} is live; try again when it has arrived",
+            f"expected version {wanted} or later, version {live.version} is live; {what_to_do}",
         )
         self.live = live
 
@@ -78,7 +85,10 @@ def headers(refusal: Refusal) -> dict[str, str]:
 def body(refusal: Refusal) -> bytes:
     """Return a refusal as JSON. Text that UTF-8 cannot hold is escaped."""
     detail = refusal.detail.encode("utf-8", "backslashreplace").decode()
-    return orjson.dumps({"error": refusal.code, "detail": detail})
+    named = {"error": str(refusal.code), "detail": detail}
+    if isinstance(refusal, TooOld):
+        named["reason"] = "ordered" if refusal.ordered else "behind"
+    return orjson.dumps(named)
 
 
 def install(app: FastAPI) -> None:

@@ -249,6 +249,24 @@ def test_a_pin_holds_while_newer_versions_come_and_is_given_up_by_unpinning(serv
     assert served.metric("emaswap_pinned_version") == 0
 
 
+def test_a_client_that_wants_a_later_version_learns_of_the_order(served: Served, publish: Publish) -> None:
+    """A 412 says whether the version has yet to arrive, or an operator holds an older one."""
+    for _ in range(2):
+        publish()
+    served.wait_until_live(2)
+
+    def reason(wanted: int) -> str:
+        answer = served.predict([[1.0, 2.0, 3.0]], **{"X-Min-Model-Version": str(wanted)})
+        assert (answer.status_code, answer.json()["error"]) == (412, "version_too_old")
+        return str(answer.json()["reason"])
+
+    assert reason(3) == "behind"
+    pin(served, 1)
+    assert reason(2) == "ordered"
+    unpin(served)
+    assert reason(3) == "behind"
+
+
 def test_pinning_and_unpinning_twice_is_no_error(served: Served, publish: Publish) -> None:
     """Asking for what is already so changes nothing, and another pin takes the place of the first."""
     for _ in range(2):

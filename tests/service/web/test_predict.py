@@ -118,7 +118,8 @@ def assert_refused(answer: httpx.Response, status: int, code: str) -> str:
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/json"
     body = answer.json()
-    assert body.keys() == {"error", "detail"}
+    assert body.keys() - {"reason"} == {"error", "detail"}
+    assert ("reason" in body) == (status == 412)
     assert body["error"] == code
     assert body["detail"]
     return str(body["detail"])
@@ -374,6 +375,7 @@ def test_a_version_that_is_too_old_refuses(linear: Served) -> None:
     answer = linear.predict(GOOD, **{"X-Min-Model-Version": "2"})
     detail = assert_refused(answer, 412, "version_too_old")
     assert "version 2 or later" in detail
+    assert answer.json()["reason"] == "behind"
     assert answer.headers["X-Model-Version"] == "1"
     assert answer.headers["X-Model-Digest"] == linear.predict(GOOD).headers["X-Model-Digest"]
 
