@@ -26,7 +26,7 @@ class CommandSettings(BaseSettings):
 
     @classmethod
     def read(cls, arguments: Sequence[str] | None = None) -> Self:
-        """The settings that a command line and the environment give. Ends the process with 2, naming what is wrong."""
+        """Return the settings that a command line and the environment give. Ends the process with 2, naming what is wrong."""
         try:
             return cls(_cli_parse_args=list(sys.argv[1:] if arguments is None else arguments))
         except ValidationError as error:

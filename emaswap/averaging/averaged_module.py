@@ -72,7 +72,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_named(patterns: Iterable[str], module: nn.Module) -> None:
-    """Raises `EmaError` for a pattern that names no tensor: a misspelt one would be averaged in silence."""
+    """Raise `EmaError` for a pattern that names no tensor: a misspelt one would be averaged in silence."""
     names = [plain_name(name) for name in module.state_dict()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -80,7 +80,7 @@ def check_named(patterns: Iterable[str], module: nn.Module) -> None:
 
 
 def check_averageable(model: nn.Module) -> None:
-    """Raises `EmaError` for a model whose state cannot be averaged, naming the part and what to do about it."""
+    """Raise `EmaError` for a model whose state cannot be averaged, naming the part and what to do about it."""
     for name, child in model.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise EmaError(

@@ -1,4 +1,4 @@
-"""The tensors of a module's state, where they hang in it: whether they are still the same, seen at next to no cost."""
+"""The tensors of a module's state and their places in it, to tell at next to no cost whether they are still the same."""
 
 from itertools import chain
 from operator import is_
@@ -10,10 +10,10 @@ from emaswap.tensors import plain_name
 
 
 class Held:
-    """The tensors of a module's state where they hang, so that a look tells whether they are still the same.
+    """Holds the tensors of a module's state with their places in it.
 
-    The look is made at every update, beside which it must cost next to nothing: it goes through plain dictionaries,
-    in loops that the interpreter runs in C.
+    Every update compares them, so comparing must cost next to nothing beside an update: it goes through plain
+    dictionaries, in loops that the interpreter runs in C.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,12 +45,12 @@ class Held:
         self._seen = self._look()
 
     def state(self) -> dict[str, Tensor]:
-        """The state under its names, without what `torch.compile` puts into them."""
+        """Return the state by plain names."""
         names = (plain_name(name) for name in self._names)
         return dict(zip(names, self._tensors, strict=True))
 
     def put_back(self) -> None:
-        """Undo what was exchanged, converted or moved since."""
+        """Undo every replacement, conversion and move since."""
         for place, key, value in zip(self._places, self._keys, self._values, strict=True):
             place[key] = value
         for tensor, memory in zip(self._tensors, self._memories, strict=True):
@@ -58,7 +58,7 @@ class Held:
                 tensor.data = memory
 
     def is_of(self, module: nn.Module) -> bool:
-        """Whether this is that module's state, and nothing in it was exchanged, converted or moved."""
+        """Return whether this is the state of that module, with nothing in it replaced, converted or moved."""
         return (
             module is self._module
             and all(map(is_, map(dict.get, self._places, self._keys), self._values))
@@ -74,6 +74,6 @@ class Held:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor (a `DTensor`, as FSDP2 makes them); any other as it is."""
+    """Return this process's part of a sharded tensor (a `DTensor`, as FSDP2 makes them), and any other tensor as it is."""
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
     return local.detach()

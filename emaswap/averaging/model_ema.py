@@ -176,10 +176,10 @@ class ModelEMA:
         return True
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on, `update` does nothing unless this optimizer, or another that is followed, made a step since the last.
+        """Make `update` do nothing unless a followed optimizer has made a step since the last update.
 
-        So neither the micro-batches of gradient accumulation nor a step that a `GradScaler` leaves out are counted.
-        A fused optimizer under a `GradScaler` is asked whether it made its step, which on CUDA waits for the device.
+        Neither micro-batches of gradient accumulation nor steps that a `GradScaler` skips are counted then.
+        Asking a fused optimizer under a `GradScaler` whether it made its step waits for the device on CUDA.
         Call it again for an optimizer that takes over; until then, a warning says that weights change without a step.
         """
         if self._following is None:
@@ -209,7 +209,7 @@ class ModelEMA:
 
     @contextmanager
     def swapped_into(self, model: nn.Module, variant: str | None = None) -> Iterator[None]:
-        """Inside the block the model has the averaged weights; after it, whatever happens, its own again, bit for bit.
+        """Give the model the averaged weights inside the block, and its own again after it, bit for bit, whatever happens.
 
         For evaluation in place: it takes one more copy of the weights. `variant` names another average than `ema`.
         Raises `EmaError` when blocks are nested, or there is no such variant.

@@ -23,7 +23,7 @@ _SLICE = 1 << 20
 
 
 class Plan:
-    """Good as long as `holds`: until a tensor of the model or of an average is exchanged, converted or moved."""
+    """What an update reads and writes. It is good as long as `holds` says so."""
 
     def __init__(
         self, averages: Sequence[nn.Module], model: nn.Module, *, buffers: Buffers, exclude: Iterable[str]
@@ -78,20 +78,20 @@ class Plan:
         self._groups, self._odd = _groups(self._fused, self._fused_averages)
 
     def holds(self, averages: Sequence[nn.Module], model: nn.Module) -> bool:
-        """Whether all modules still hold the very tensors this plan was made for."""
+        """Return whether all modules still hold the very tensors that this plan was made for."""
         return all(held.is_of(module) for held, module in zip(self._held, (*averages, model), strict=True))
 
     def weights(self) -> list[Tensor]:
-        """The model's tensors that are averaged (of sharded ones, this process's part)."""
+        """Return the tensors of the model that are averaged (of sharded ones, this process's part)."""
         return self._fused + [weight for weight, _ in self._converted + self._masked]
 
     def pairs(self, index: int) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor of the model's state with the one of the average of this index."""
+        """Return each tensor of the model's state with its counterpart in the average of this index."""
         others = [(weight, followers[index]) for weight, followers in self._converted + self._masked + self._copied]
         return [*zip(self._fused, self._fused_averages[index], strict=True), *others]
 
     def put_back(self) -> None:
-        """Give the model the very tensors again, and in the memory, that it had when this plan was made."""
+        """Give the model back the very tensors, in the memory, that it had when this plan was made."""
         self._held[-1].put_back()
 
     def found_inf(self) -> Tensor:
@@ -128,7 +128,7 @@ class Plan:
         return [self._names[id(weight)] for weight in found]
 
     def run(self, weights: Sequence[float]) -> None:
-        """average ← average + weight·(model − average) for each average, and what is not averaged as it is."""
+        """Make average ← average + weight·(model − average) for each average, and copy what is not averaged."""
         for model_part, average_parts in self._parts:
             for averages, weight in zip(average_parts, weights, strict=True):
                 if weight == 1:  # an exact copy: from NaN, or over too far a way, a lerp does not arrive
@@ -147,7 +147,7 @@ class Plan:
             torch._foreach_copy_(followed, [now for now, _ in self._copied])
 
     def run_unless(self, found_inf: Tensor, weights: Sequence[float]) -> None:
-        """`run`, or nothing where the flag says so: it is read on the device, and no host waits for it."""
+        """Do what `run` does, or nothing if the flag says so. The flag is read on the device; the host does not wait."""
         for index, weight in enumerate(weights):
             pairs = [(now, followers[index]) for now, followers in self._converted + self._odd]
             for group, columns in self._groups:
@@ -172,7 +172,7 @@ class Plan:
 
 
 def _memory(tensor: Tensor) -> object:
-    """The same for tensors that are one, be it under several objects."""
+    """Return equal values for tensors that share memory, whichever object holds them."""
     local = getattr(tensor, "_local_tensor", tensor)
     return (local.data_ptr(), local.dtype, local.shape, local.stride()) if local.data_ptr() else id(tensor)
 
@@ -196,7 +196,7 @@ def _buffer_names(model: nn.Module) -> set[str]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """A sum reads the tensor once and is not finite where a number is not; each is looked at only when it overflows."""
+    """Return whether all numbers are finite: by a sum, which reads the tensor once, and one by one only if that overflows."""
     total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
     if cmath.isfinite(total.item()):
         return True
@@ -227,7 +227,7 @@ _Slice = tuple[list[Tensor], list[list[Tensor]]]
 
 
 def _slices(weights: list[Tensor], averages: list[list[Tensor]]) -> list[_Slice]:
-    """The same tensors in groups of about `_SLICE` numbers; larger ones are cut where memory allows it."""
+    """Return the tensors in groups of about `_SLICE` numbers; larger ones are cut where their layout allows it."""
     slices: list[_Slice] = []
     filled = 0
     for weight, *followers in zip(weights, *averages, strict=True):
@@ -245,7 +245,7 @@ def _slices(weights: list[Tensor], averages: list[list[Tensor]]) -> list[_Slice]
 def _groups(
     weights: list[Tensor], averages: list[list[Tensor]]
 ) -> tuple[list[_Slice], list[tuple[Tensor, list[Tensor]]]]:
-    """What one kernel takes together: real numbers of one device and dtype, dense and alike in memory. And the others."""
+    """Return groups that one kernel takes together (real, dense, of one device, dtype and layout), and all others."""
     groups: dict[tuple[torch.device, torch.dtype], _Slice] = {}
     others: list[tuple[Tensor, list[Tensor]]] = []
     for weight, *followers in zip(weights, *averages, strict=True):
@@ -267,7 +267,7 @@ def _cut(tensors: list[Tensor]) -> list[tuple[Tensor, ...]]:
 
 
 def _alike(tensors: list[Tensor]) -> bool:
-    """Whether tensors of one shape have their numbers in the same order in memory, without gaps."""
+    """Return whether tensors of one shape have their numbers in the same order in memory, without gaps."""
     first = tensors[0]
     dense = first.numel() == sum((n - 1) * step for n, step in zip(first.shape, first.stride(), strict=True)) + 1
     return dense and all(tensor.stride() == first.stride() for tensor in tensors)

@@ -51,14 +51,14 @@ class Constant(_Named):
 
     @classmethod
     def of_window(cls, window: float) -> Self:
-        """The decay that averages over about `window` updates (at least 1): after so many, 1/e of the old is left."""
+        """Return the decay that averages over about `window` updates (at least 1): after so many, 1/e of the old is left."""
         if not window >= 1:
             raise EmaError(f"a window is of at least 1 update, got {window}")
         return cls(1 - 1 / window)
 
     @classmethod
     def of_half_life(cls, half_life: float) -> Self:
-        """The decay after whose `half_life` updates (above 0) half of the old average is left."""
+        """Return the decay after whose `half_life` updates (above 0) half of the old average is left."""
         if not half_life > 0:
             raise EmaError(f"a half-life is of more than 0 updates, got {half_life}")
         return cls(2 ** (-1 / half_life))
@@ -143,7 +143,7 @@ class PowerFunction(_Named):
 
     @classmethod
     def from_sigma_rel(cls, sigma_rel: float) -> Self:
-        """From the profile's standard deviation as a share of training so far: 0.05 is gamma 16.97, 0.10 is 6.94.
+        """Return the schedule of a profile whose standard deviation is this share of training so far: 0.05 is gamma 16.97, 0.10 is 6.94.
 
         Solves σ² = (γ+1)/((γ+2)²·(γ+3)), the variance of the density (γ+1)·t^γ on [0, 1], for the larger γ.
         """
@@ -225,7 +225,7 @@ SCHEDULES = tuple(_BY_NAME)
 
 
 def make_schedule(name: str, /, **parameters: Any) -> Schedule:
-    """A schedule by its name (one of `SCHEDULES`); `PowerFunction` takes `sigma_rel` or `gamma`; `kappa` scales any.
+    """Return a schedule by its name (one of `SCHEDULES`); `PowerFunction` takes `sigma_rel` or `gamma`; `kappa` scales any.
 
     Raises `EmaError` for an unknown name or parameter, naming those there are.
     """
@@ -245,7 +245,7 @@ def make_schedule(name: str, /, **parameters: Any) -> Schedule:
 
 
 def from_description(description: Mapping[str, Any]) -> Schedule:
-    """The schedule that described itself so. Raises `EmaError` when it is none of this module's."""
+    """Return the schedule that described itself so. Raises `EmaError` when it is none of this module's."""
     parameters = dict(description)
     return make_schedule(str(parameters.pop("name", None)), **parameters)
 
@@ -270,15 +270,15 @@ def decay_at(schedule: Schedule, updates: int) -> float:
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """The relative width of the power function's profile with this exponent."""
+    """Return the relative width of the power function's profile with this exponent."""
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def window(decay: float) -> float:
-    """About how many updates an average with this decay looks back over: 1/(1−decay)."""
+    """Return about how many updates an average with this decay looks back over: 1/(1−decay)."""
     return math.inf if decay >= 1 else 1 / (1 - decay)
 
 
 def half_life(decay: float) -> float:
-    """After how many updates with this decay half of the old average is left."""
+    """Return after how many updates with this decay half of the old average is left."""
     return math.inf if decay >= 1 else 0.0 if decay <= 0 else -math.log(2) / math.log(decay)

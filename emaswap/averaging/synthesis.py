@@ -46,7 +46,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, ema: ModelEMA, variant: str | None = None) -> Self:
-        """A copy on the CPU of what an average, or one of its variants, is now."""
+        """Return a copy on the CPU of an average, or of one of its variants, as it is now."""
         if variant is not None and variant not in ema.variants:
             raise EmaError(f"no variant {variant!r}: there are {', '.join(ema.variants) or 'none'}")
         module, schedule = (ema.ema, ema.decay) if variant is None else (ema.variants[variant], ema.schedules[variant])
@@ -65,7 +65,7 @@ class Coefficients:
 
 
 def profile_weights(schedule: Schedule, updates: int, *, update_every: int = 1) -> Array:
-    """How much each update counts in the average after `updates` of them: (updates + 1,), float64, sum 1.
+    """Return how much each update counts in the average after `updates` of them: (updates + 1,), float64, sum 1.
 
     Entry i is that of update i, (1−βᵢ)·βᵢ₊₁·…·βₙ; entry 0 is that of the weights the average started at. Updates that
     `update_every` passes over count 0.
@@ -78,7 +78,7 @@ def profile_weights(schedule: Schedule, updates: int, *, update_every: int = 1) 
 
 
 def coefficients(snapshots: Sequence[Snapshot], target: Schedule, updates: int | None = None) -> Coefficients:
-    """The combination of the snapshots that is nearest to the target's profile after `updates`, by least squares.
+    """Return the combination of the snapshots that is nearest to the target's profile after `updates`, by least squares.
 
     By default the target is to be as of the newest snapshot; it has the snapshots' interval. Memory does not grow with
     the number of updates. Raises `EmaError` without snapshots, for several intervals, or for a target later than all.
@@ -113,7 +113,7 @@ def synthesize(
     exclude: Iterable[str] = (),
     max_error: float = 0.05,
 ) -> dict[str, Tensor]:
-    """The state of the average that the target schedule would have given, in the snapshots' dtypes.
+    """Return the state of the average that the target schedule would have given, in the snapshots' dtypes.
 
     Args:
         snapshots: of one training run, with one or several schedules; their states are read one after the other.
@@ -177,13 +177,13 @@ def _triangle(rows: Array) -> Array:
 
 
 def _decays(schedule: Schedule, before: int, last: int, update_every: int) -> Array:
-    """The decays of the intervals after `before` up to `last`, as `ModelEMA` applies them."""
+    """Return the decays of the intervals after `before` up to `last`, as `ModelEMA` applies them."""
     ends = range((before + 1) * update_every, last * update_every + 1, update_every)
     return np.fromiter((span_decay(schedule, end - update_every + 1, end) for end in ends), np.float64, last - before)
 
 
 def _asked(snapshots: Sequence[Snapshot], updates: int | None) -> tuple[int, int]:
-    """The updates of the target, and the interval."""
+    """Return the updates of the target, and the interval."""
     if not snapshots:
         raise EmaError("expected at least one snapshot to combine, got none")
     intervals = sorted({snapshot.update_every for snapshot in snapshots})
@@ -237,7 +237,7 @@ class _Sum:
                 self._copies[name] = tensor.detach().clone()
 
     def state(self) -> dict[str, Tensor]:
-        """The sum, in the order and the dtypes of the states."""
+        """Return the sum, in the order and the dtypes of the states."""
         return {
             name: self._sums[name].to(like.dtype) if name in self._sums else self._copies[name]
             for name, like in self._like.items()

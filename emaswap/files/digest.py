@@ -19,7 +19,7 @@ class Hasher(Protocol):
 
 
 def new_hasher(algorithm: str) -> Hasher:
-    """A fresh hasher. Raises `ValueError` for an algorithm other than blake3 and sha256."""
+    """Return a fresh hasher. Raises `ValueError` for an algorithm other than blake3 and sha256."""
     if algorithm == "blake3":
         return blake3()
     if algorithm == "sha256":
@@ -28,17 +28,17 @@ def new_hasher(algorithm: str) -> Hasher:
 
 
 def algorithm_of(digest: str) -> str:
-    """The algorithm that a digest names."""
+    """Return the algorithm that a digest names."""
     return digest.partition(":")[0]
 
 
 def digest_of(data: bytes, algorithm: Algorithm = "blake3") -> Digest:
-    """The digest of bytes in memory."""
+    """Return the digest of bytes in memory."""
     hasher = new_hasher(algorithm)
     hasher.update(data)
     return f"{algorithm}:{hasher.hexdigest()}"
 
 
 def stem_of(digest: Digest) -> str:
-    """The digest as a file name without its suffix: a colon is not portable in one."""
+    """Return the digest as a file name without its suffix: a colon is not portable in one."""
     return digest.replace(":", "-")

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def written(folder: Path, write: Callable[[BinaryIO], Result]) -> Iterator[tuple[Path, Result]]:
-    """A new file in `folder` with all its bytes on disk, to be renamed or linked; removed at the end if still there."""
+    """Yield a new file in `folder` with all its bytes on disk, to be renamed or linked; remove it at the end if still there."""
     path = folder / f"{uuid.uuid4().hex}.part"
     try:
         with BufferedWriter(_Flowing(path, "x")) as file:
@@ -56,7 +56,7 @@ class _Flowing(FileIO):
 
 
 def is_part(name: str) -> bool:
-    """Whether a file of this name was being written by `written`."""
+    """Return whether a file of this name was being written by `written`."""
     return _PART_NAME.fullmatch(name) is not None
 
 

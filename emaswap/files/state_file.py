@@ -37,7 +37,7 @@ def save(folder: Path, stem: str, state: Mapping[str, Any]) -> Path:
 
 
 def load(path: Path) -> State:
-    """What `save` wrote, its types and values as they were. Raises `BadVersion` when the file is damaged."""
+    """Return what `save` wrote, its types and values as they were. Raises `BadVersion` when the file is damaged."""
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     with path.open("rb", buffering=0) as file:
@@ -47,7 +47,7 @@ def load(path: Path) -> State:
 
 
 def saved(folder: Path) -> list[tuple[str, Path]]:
-    """The stems of the states in a folder with their files, the newest file first; none where there is no folder."""
+    """Return the stems of the states in a folder with their files, the newest file first; none where there is no folder."""
     if not folder.is_dir():
         return []
     found = [(match[1], path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -55,7 +55,7 @@ def saved(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A nested state as JSON, its tensors put aside; JSON itself would turn tuples to lists and number keys to text."""
+    """Return a nested state as JSON, its tensors put aside; JSON alone would turn tuples to lists and number keys to text."""
     if isinstance(value, Tensor):
         unique = f"{len(tensors)}{name}"  # keys 1 and "1" look alike in a name
         tensors[unique] = value

@@ -13,7 +13,7 @@ from emaswap.versions.manifest import Manifest, ScheduleInfo
 
 
 def snapshots_of(store: Store | str | Path, *, variant: str | None = None, since: int = 1) -> list[Snapshot]:
-    """The published averages of a store, oldest first; their weights are read when they are combined.
+    """Return the published averages of a store, oldest first; their weights are read when they are combined.
 
     Args:
         store: a store, or the location of one.

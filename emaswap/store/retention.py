@@ -86,7 +86,7 @@ class Retention:
         ]
 
     def _openers(self, look: Look) -> set[int]:
-        """The versions that open a term."""
+        """Return the versions that open a term."""
         first: dict[int, int] = {}
         for version in look.numbers:
             if facts := self._read(version):

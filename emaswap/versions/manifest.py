@@ -167,7 +167,7 @@ class Manifest(_Frozen):
         return self.model_copy(update=dict(variant) | {"variants": {}})._of(self.identity)
 
     def encode(self) -> bytes:
-        """The bytes to store: JSON, for people to read, too."""
+        """Return the bytes to store: JSON that people can read, too."""
         return self.model_dump_json(indent=1).encode() + b"\n"
 
     @classmethod

@@ -26,7 +26,7 @@ class Fetched:
 
 
 def check_size(manifest: Manifest, max_bytes: int | None = None) -> None:
-    """Raises `BadVersion` when a manifest names a larger file than is allowed, or than the tensors in its table take."""
+    """Raise `BadVersion` when a manifest names a larger file than is allowed, or than the tensors in its table take."""
     weights = manifest.weights
     if max_bytes is not None and weights.size > max_bytes:
         raise BadVersion(

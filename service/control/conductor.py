@@ -144,7 +144,7 @@ class Conductor:
         return found
 
     def _above(self) -> int:
-        """The number above which versions can go live without a pin."""
+        """Return the number above which versions can go live without a pin."""
         live = self._slot.current
         return live.version if live and self._standing.in_store else 0
 

@@ -184,7 +184,7 @@ class Batcher:
         return batch
 
     def _fits(self, waiting: _Waiting, first: _Waiting, rows: int) -> bool:
-        """Whether a request can run in the batch of another that has so many rows already."""
+        """Return whether a request can run in the batch of another that has so many rows already."""
         return (
             not (waiting.alone or first.alone)
             and rows + waiting.rows <= self._limits.rows

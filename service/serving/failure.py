@@ -55,7 +55,7 @@ def describe(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception, or what it was raised from, says that memory ran out."""
+    """Return whether an exception, or what it was raised from, says that memory ran out."""
     for _ in range(_MAX_CAUSES):
         if error is None:
             return False

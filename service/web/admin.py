@@ -26,7 +26,7 @@ class Admin:
         self._lane = Lane("emaswap-orders")
 
     def authorize(self, authorization: str | None) -> None:
-        """Raises `Refusal` unless the `Authorization` header carries the token."""
+        """Raise `Refusal` unless the `Authorization` header carries the token."""
         if self._token is None:
             raise Refusal(Code.ADMIN_IS_OFF, "start the service with --admin-token-file FILE to turn this on")
         scheme, _, token = (authorization or "").partition(" ")
@@ -83,7 +83,7 @@ def _carry_out(order: Callable[[], object], store: Store) -> None:
 
 
 def read_token(file: Path | None) -> bytes | None:
-    """The token in a file, without the white space around it. Raises `EmaswapError` when it is too short to be one."""
+    """Return the token in a file, without the white space around it. Raises `EmaswapError` when it is too short to be one."""
     if file is None:
         return None
     try:

@@ -37,7 +37,7 @@ _MAX_ADMIN_BODY_BYTES = 64 << 10
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:
-    """The ASGI application for these settings."""
+    """Return the ASGI application for these settings."""
     service = Service(settings)
     admin = Admin(service.store, service.conductor, read_token(settings.admin_token_file))
     predict = Predict(
@@ -98,7 +98,7 @@ def _model_routes(service: Service) -> APIRouter:
 
     @routes.get("/versions")
     async def versions() -> Versions:
-        """The newest versions with their states, and why the rejected ones were rejected."""
+        """Return the newest versions with their states, and why the rejected ones were rejected."""
         return Versions.of(service.standing)
 
     return routes
@@ -137,7 +137,7 @@ def _probe_routes(service: Service) -> APIRouter:
 
     @routes.get("/healthz")
     async def healthz() -> Health:
-        """The process is alive."""
+        """Answer that the process is alive."""
         return Health(status="alive")
 
     @routes.get("/readyz", responses={503: {"model": Readiness}})
@@ -149,7 +149,7 @@ def _probe_routes(service: Service) -> APIRouter:
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """All metrics in the text format of Prometheus."""
+        """Return all metrics in the text format of Prometheus."""
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return routes
