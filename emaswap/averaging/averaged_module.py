@@ -62,13 +62,14 @@ def reshard(module: nn.Module) -> None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, however nested."""
-    while True:
+    while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules and isinstance(inner := model._modules["_orig_mod"], nn.Module):
             model = inner
         else:
-            return model
+            break
+    return model
 
 
 def check_named(patterns: Iterable[str], module: nn.Module) -> None:
@@ -81,15 +82,16 @@ def check_named(patterns: Iterable[str], module: nn.Module) -> None:
 
 def check_averageable(model: nn.Module) -> None:
     """Raise `EmaError` for a model whose state cannot be averaged, naming the part and what to do about it."""
+    if not isinstance(model, nn.Module):
+        raise EmaError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, child in model.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise EmaError(
                 f"{name or 'the model'} is scripted, and TorchScript does not hand out its tensors: average the module "
                 "that was scripted, and script `ema.ema` afterwards"
             )
-    held = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in held:
-        if problem := _problem(tensor):
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and (problem := _problem(tensor)):
             raise EmaError(f"{plain_name(name)} cannot be averaged: {problem}")
 
 

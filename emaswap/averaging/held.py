@@ -1,12 +1,15 @@
 """The tensors of a module's state and their places in it, to tell at next to no cost whether they are still the same."""
 
-from itertools import chain
+from itertools import chain, repeat
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from emaswap.tensors import plain_name
+
+# Stands for a name that is not there any more; one that is there may hold None.
+_GONE = object()
 
 
 class Held:
@@ -61,7 +64,7 @@ class Held:
         """Return whether this is the state of that module, with nothing in it replaced, converted or moved."""
         return (
             module is self._module
-            and all(map(is_, map(dict.get, self._places, self._keys), self._values))
+            and all(map(is_, map(dict.get, self._places, self._keys, repeat(_GONE)), self._values))
             and self._look() == self._seen
         )
 

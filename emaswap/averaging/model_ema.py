@@ -15,7 +15,7 @@ from emaswap.averaging.averaged_module import averaged_module, check_named, conv
 from emaswap.averaging.following import Following
 from emaswap.averaging.plan import Buffers, Plan
 from emaswap.averaging.saved import check_saved, load_all
-from emaswap.averaging.schedule import Schedule, as_schedule, decay_at, from_description, span_decay, window
+from emaswap.averaging.schedule import Constant, Schedule, as_schedule, decay_at, from_description, span_decay, window
 from emaswap.errors import EmaError
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,7 @@ class ModelEMA:
         for name, number, least in (("update_every", update_every, 1), ("updates", updates, 0)):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise EmaError(f"{name} is an integer of at least {least}, got {number!r}")
-        self._tau = tau
-        self.decay = decay
+        self._decay = as_schedule(decay, tau)
         self.schedules = {name: as_schedule(each, tau) for name, each in (variants or {}).items()}
         model = unwrap(model)
         self.ema = averaged_module(model, device=device, dtype=dtype, factory=factory)
@@ -98,12 +97,14 @@ class ModelEMA:
 
     @property
     def decay(self) -> Schedule:
-        """The schedule of `ema`. It may be set, as scripts do: to a schedule, a function of the update count, or a number."""
+        """The schedule of `ema`. It may be set to a schedule, a function of the update count, or a constant decay."""
         return self._decay
 
     @decay.setter
     def decay(self, decay: float | Schedule | Callable[[float], float]) -> None:
-        self._decay = as_schedule(decay, self._tau)
+        # A number that is set later is meant from now on: a ramp up to it would begin anew.
+        is_number = isinstance(decay, (int, float)) and not isinstance(decay, bool)
+        self._decay = Constant(float(decay)) if is_number else as_schedule(decay)  # type: ignore[arg-type]
 
     @property
     def module(self) -> nn.Module:
@@ -159,6 +160,10 @@ class ModelEMA:
             self._behind += 1
             return False
         found_inf = plan.found_inf() if self.guard and plan.weights() else None
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+            self._plan = None  # the average may have been given a mask since the plan was made
+            plan = self._planned(model)
+            found_inf = plan.found_inf()
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             self._skipped += 1
             self._tell_of_skipped(plan)

@@ -261,7 +261,7 @@ def decay_at(schedule: Schedule, updates: int) -> float:
     """Return the decay of one update. Raises `EmaError` for a schedule that gives no number in [0, 1]."""
     found = schedule(updates)
     try:
-        decay = float(found)
+        decay = math.nan if isinstance(found, (str, bool)) else float(found)
     except (TypeError, ValueError, RuntimeError):
         decay = math.nan
     if not 0 <= decay <= 1:

@@ -42,6 +42,12 @@ def add_layer(model: nn.Module) -> None:
     model.add_module("layer", nn.Linear(1, 1))
 
 
+def rename(model: nn.Module) -> None:
+    """Exchange a name without a tensor for another."""
+    del model.late
+    model.register_parameter("more", nn.Parameter(torch.ones(1)))
+
+
 def take_away(model: nn.Module) -> None:
     """Set a parameter to None."""
     model.weight = None  # type: ignore[assignment]
@@ -53,7 +59,7 @@ def reshape(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("updates", [0, 1, 3])
-@pytest.mark.parametrize("change", [set_late, set_scale, register, add_layer, take_away, reshape])
+@pytest.mark.parametrize("change", [set_late, set_scale, register, rename, add_layer, take_away, reshape])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "nested"])
 def test_state_that_comes_or_goes_is_noticed(
     updates: int, change: Callable[[nn.Module], None], *, wrapped: bool
@@ -105,6 +111,7 @@ def quantized() -> nn.Module:
         (lambda: holding(torch.eye(2).to_sparse()), "held cannot be averaged: its layout is sparse_coo; keep it dense"),
         (lambda: nn.Sequential(holding(torch.eye(2).to_sparse())), "0.held cannot be averaged"),
         (quantized, "average the model before it is quantized"),
+        (dict, "expected a torch.nn.Module, got dict"),
         (lambda: nn.LazyLinear(2), "run a forward pass before"),
         (lambda: nn.Linear(2, 2, device="meta"), "materialize the model first"),
     ],
@@ -183,6 +190,13 @@ def test_a_single_pattern_need_not_be_in_a_list() -> None:
     assert ema.ema.state_dict()["bias"].item() == 7.0
 
 
+def test_what_is_no_state_may_be_anything() -> None:
+    """A sparse buffer that is not persistent is left alone."""
+    model = nn.Linear(1, 1)
+    model.register_buffer("graph", torch.eye(2).to_sparse(), persistent=False)
+    assert ModelEMA(model).update(model) is True
+
+
 # -- a decay that is set -------------------------------------------------------------------------------------------
 
 
@@ -202,10 +216,11 @@ def test_a_decay_may_be_set_to_a_function() -> None:
 
 
 def test_a_decay_may_be_set_to_a_number_or_a_schedule() -> None:
-    """A number means what it means to the constructor."""
+    """A number holds from then on; it does not begin a ramp anew."""
     ema = ModelEMA(nn.Linear(1, 1), tau=50)
+    assert ema.decay == ExponentialRamp(0.9999, 50)
     ema.decay = 0.99
-    assert ema.decay == ExponentialRamp(0.99, 50)
+    assert ema.decay == Constant(0.99)
     ema.decay = PowerFunction(6.94)
     assert ema.decay == PowerFunction(6.94)
     with pytest.raises(EmaError, match="a decay is a number"):
@@ -213,7 +228,7 @@ def test_a_decay_may_be_set_to_a_number_or_a_schedule() -> None:
     assert ema.decay == PowerFunction(6.94)
 
 
-@pytest.mark.parametrize("found", [1.5, -0.1, math.nan, None, "x", [0.5], torch.ones(2)], ids=repr)
+@pytest.mark.parametrize("found", [1.5, -0.1, math.nan, None, "x", "0.5", True, [0.5], torch.ones(2)], ids=repr)
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_function_that_gives_no_decay_is_an_error(found: object, every: int) -> None:
     """The value is told, and which update it was for; nothing was averaged."""

@@ -114,6 +114,18 @@ def test_a_mask_that_comes_with_a_loaded_state_is_known() -> None:
     assert ema.ema.state_dict()["weight"].tolist() == [2.0, 2.0]
 
 
+def test_a_mask_that_is_put_into_the_average_is_known() -> None:
+    """Also where somebody loads into the averaged module itself, between two updates."""
+    plain, masked = Masked(torch.zeros(4, 4)), Masked(CAUSAL)
+    ema = ModelEMA(plain, Constant(0.5))
+    ema.update(plain)
+    ema.ema.load_state_dict(masked.state_dict())
+    plain.load_state_dict(masked.state_dict())
+    step(plain)
+    assert ema.update(plain) is True
+    assert ema.ema.state_dict()["weight"].tolist() == [2.0, 2.0]
+
+
 @pytest.mark.parametrize("schedule", [Constant(0.0), Constant(0.3), Constant(0.9)], ids=str)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("diverged", [False, True], ids=["finite", "diverged"])
