@@ -16,6 +16,8 @@ EmaswapError
 
 from enum import StrEnum
 
+_MAX_DETAIL = 10_000
+
 
 class EmaswapError(Exception):
     """The root of the tree: catch this to catch all of it."""
@@ -81,9 +83,16 @@ class Reason(StrEnum):
 
 
 class BadVersion(EmaswapError):
-    """A version is not what it claims to be, and must not go live."""
+    """A version is not what it claims to be, and must not go live.
+
+    The detail may hold text from the version itself or from its factory. It is cut where it is long, and what is no
+    text in it is escaped.
+    """
 
     def __init__(self, reason: Reason, detail: str) -> None:
+        detail = detail.encode(errors="backslashreplace").decode()
+        if len(detail) > _MAX_DETAIL:
+            detail = f"{detail[:_MAX_DETAIL]} [{len(detail) - _MAX_DETAIL} more characters]"
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

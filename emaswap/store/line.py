@@ -14,7 +14,7 @@ from emaswap.errors import BadVersion, Fenced, Missing, PublishError, Reason, St
 from emaswap.files.digest import Digest, digest_of
 from emaswap.store import Store
 from emaswap.store.look import MAX_GAP, Look, in_line, seen
-from emaswap.versions.manifest import Manifest
+from emaswap.versions.manifest import MAX_MANIFEST_BYTES, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +142,18 @@ class Term:
 
         Raises:
             Fenced: when another publisher, of a higher term or the same one, has taken the place.
+            PublishError: when the manifest is larger than readers take.
             StoreError: when the store cannot be written; nothing was committed then.
         """
         while True:
             place = Place(self.version + 1, self.term, self.run, self.parent)
             manifest = describe(place)
             data = manifest.encode()
+            if len(data) > MAX_MANIFEST_BYTES:
+                raise PublishError(
+                    f"the manifest would have {len(data)} bytes, and readers take at most {MAX_MANIFEST_BYTES}: publish "
+                    "fewer tensors, variants, metrics or arguments"
+                )
             if self.store.commit(place.version, data):
                 self.version, self.parent = place.version, digest_of(data)
                 if self.store.hint() < self.version:

@@ -3,29 +3,33 @@
 Knows what a version says of itself; whether that is true is for the reader of its weights to prove.
 """
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-import pydantic_core
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from emaswap.errors import BadVersion, Reason
 from emaswap.files.digest import Digest, digest_of
 from emaswap.files.tensor_file import Blob, Size
 from emaswap.release import __version__
 from emaswap.versions.architecture import Architecture
-from emaswap.versions.signature import Signature
+from emaswap.versions.signature import MAX_DIMENSIONS, MAX_NUMBERS, Signature
 
 FORMAT = 1
-MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 4 << 20
 MAX_NAME = 200
+# Of a manifest that is wrong in many places, so many are shown, cut to so many characters.
+_SHOWN, _MAX_PLACE, _MAX_PROBLEM = 5, 200, 150
 
 Version = Annotated[int, Field(ge=1, le=10**15)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
@@ -44,8 +48,15 @@ class _Frozen(BaseModel):
 class TensorInfo(_Frozen):
     """dtype ("float32") and shape of one tensor of the weights."""
 
-    dtype: str
-    shape: tuple[Size, ...]
+    dtype: Annotated[str, Field(max_length=32)]
+    shape: Annotated[tuple[Size, ...], Field(max_length=MAX_DIMENSIONS)]
+
+    @field_validator("shape")
+    @classmethod
+    def _can_be_counted(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(max(size, 1) for size in shape) > MAX_NUMBERS:
+            raise ValueError(f"a tensor has at most {MAX_NUMBERS} numbers, got the shape {shape}")
+        return shape
 
 
 class WeightsInfo(Blob):
@@ -112,11 +123,11 @@ class Manifest(_Frozen):
     """One version. `term` and `run` name its publisher's turn at the store, `parent` is the manifest before it."""
 
     format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
-    release: str = __version__
-    model: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    release: Name = __version__
+    model: Annotated[Name, Field(min_length=1)]
     version: Version
     term: Annotated[int, Field(ge=1, le=10**15)]
-    run: str
+    run: Name
     parent: Digest | None = None
     created_at: AwareDatetime
     weights: WeightsInfo
@@ -173,27 +184,47 @@ class Manifest(_Frozen):
     @classmethod
     def decode(cls, data: bytes) -> "Manifest":
         """Read stored bytes. Raises `BadVersion` when they are no manifest, or one of a later format."""
-        try:
-            raw = pydantic_core.from_json(data)
-        except ValueError as error:
-            raise BadVersion(Reason.MANIFEST_INVALID, f"not JSON: {error}") from None
-        if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
-            raise BadVersion(
-                Reason.FORMAT_UNKNOWN,
-                f"written in format {raw['format']} by emaswap {raw.get('release', '(unknown)')}; this is emaswap "
-                f"{__version__}, which reads up to format {FORMAT}: upgrade to the release that wrote it, or a later one",
-            )
+        _check_format(data)
         try:
             manifest = cls.model_validate_json(data, strict=True)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
-            more = f"; and {len(problems) - 5} more" if problems[5:] else ""
-            raise BadVersion(Reason.MANIFEST_INVALID, "; ".join(problems[:5]) + more) from None
+            problems = [
+                f"{'.'.join(map(str, each['loc']))[:_MAX_PLACE] or 'manifest'}: {each['msg'][:_MAX_PROBLEM]}"
+                for each in error.errors(include_url=False, include_context=False, include_input=False)
+            ]
+            more = f"; and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
+            raise BadVersion(Reason.MANIFEST_INVALID, "; ".join(problems[:_SHOWN]) + more) from None
         return manifest._of(Identity(manifest.version, digest_of(data)))
 
     def _of(self, identity: Identity) -> Self:
         self.__dict__["identity"] = identity
         return self
+
+
+def _check_format(data: bytes) -> None:
+    """Raise `BadVersion` unless these bytes are one JSON object, no name in it twice, of a format that can be read."""
+    try:
+        raw = json.loads(data.decode(), object_pairs_hook=_each_name_once)
+    except (ValueError, RecursionError) as error:
+        raise BadVersion(Reason.MANIFEST_INVALID, f"not JSON of a manifest: {error}") from None
+    if not isinstance(raw, dict):
+        raise BadVersion(Reason.MANIFEST_INVALID, f"expected a JSON object, got a {type(raw).__name__}")
+    found, release = raw.get("format"), str(raw.get("release", "(unknown)"))[:MAX_NAME]
+    if isinstance(found, int) and found > FORMAT:
+        raise BadVersion(
+            Reason.FORMAT_UNKNOWN,
+            f"written in format {str(found)[:MAX_NAME]} by emaswap {release}; this is emaswap {__version__}, which "
+            f"reads up to format {FORMAT}: upgrade to the release that wrote it, or a later one",
+        )
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs. Programs differ in which of two values of one name they read."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {twice[:MAX_NAME]!a} stands twice in one object")
+    return found
 
 
 class Pin(_Frozen):

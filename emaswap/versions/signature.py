@@ -15,8 +15,8 @@ from emaswap.versions.forward import Binding, describe, named_outputs, pick
 DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 Size = Annotated[int, Field(ge=0, le=1 << 48)]
 
-_MAX_DIMENSIONS = 32
-_MAX_NUMBERS = 1 << 48
+MAX_DIMENSIONS = 32
+MAX_NUMBERS = 1 << 48
 
 
 class TensorField(BaseModel):
@@ -26,13 +26,13 @@ class TensorField(BaseModel):
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
     dtype: DType = "float32"
-    shape: Annotated[tuple[Size | None, ...], Field(max_length=_MAX_DIMENSIONS)] = ()
+    shape: Annotated[tuple[Size | None, ...], Field(max_length=MAX_DIMENSIONS)] = ()
 
     @field_validator("shape")
     @classmethod
     def _can_be_counted(cls, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        if math.prod(size or 1 for size in shape) > _MAX_NUMBERS:
-            raise ValueError(f"a row has at most {_MAX_NUMBERS} numbers, got the shape {shape}")
+        if math.prod(size or 1 for size in shape) > MAX_NUMBERS:
+            raise ValueError(f"a row has at most {MAX_NUMBERS} numbers, got the shape {shape}")
         return shape
 
     @property

@@ -17,7 +17,7 @@ from emaswap.store.files import read
 from emaswap.store.keys import CURRENT, manifest_key
 from emaswap.store.line import Place, Term
 from emaswap.store.retention import Retention
-from emaswap.versions.manifest import MAX_MANIFEST_BYTES, ProbeInfo, TensorInfo, WeightsInfo
+from emaswap.versions.manifest import MAX_MANIFEST_BYTES, ProbeInfo, TensorInfo, TrainingInfo, WeightsInfo
 
 _ANY = digest_of(b"")
 _FIELD = TensorField(name="x", shape=(1,))
@@ -64,6 +64,20 @@ def assert_one_line(store: DirectoryStore) -> None:
     assert len(runs) == len({term for term, _ in runs})
     parents = [manifest.parent for manifest in manifests]
     assert parents == [None, *(digest_of(stored(store, version)) for version in versions[:-1])]
+
+
+def test_a_manifest_that_no_reader_takes_is_not_committed(store: DirectoryStore) -> None:
+    """A version whose manifest is too large is an error of the publisher's, and its number stays free."""
+    term = opened(store)
+    crowded = {f"a metric named {number:060d}": 0.5 for number in range(60_000)}
+
+    def describe_much(place: Place) -> Manifest:
+        return describe(place).model_copy(update={"training": TrainingInfo(metrics=crowded)})
+
+    with pytest.raises(PublishError, match="publish fewer tensors, variants, metrics or arguments"):
+        term.commit(describe_much)
+    assert store.versions() == []
+    assert commits(term, 1) == [1]
 
 
 # -- one after another ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -13,7 +14,17 @@ from torch import nn
 
 from emaswap import Architecture, BadVersion, EmaswapError, Manifest, Pin, Reason, Signature, TensorField, __version__
 from emaswap.files.digest import digest_of
-from emaswap.versions.manifest import FORMAT, EmaInfo, ProbeInfo, ScheduleInfo, TensorInfo, TrainingInfo, WeightsInfo
+from emaswap.versions.manifest import (
+    FORMAT,
+    MAX_MANIFEST_BYTES,
+    EmaInfo,
+    ProbeInfo,
+    ScheduleInfo,
+    TensorInfo,
+    TrainingInfo,
+    WeightsInfo,
+)
+from emaswap.versions.proof import check_size
 from tests.models import Everything
 
 text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
@@ -49,7 +60,9 @@ manifests = st.builds(
         digest=digests,
         size=sizes,
         tensors=st.dictionaries(
-            text, st.builds(TensorInfo, dtype=text, shape=st.lists(sizes, max_size=4).map(tuple)), max_size=3
+            text,
+            st.builds(TensorInfo, dtype=text, shape=st.lists(st.integers(0, 4096), max_size=4).map(tuple)),
+            max_size=3,
         ),
     ),
     architecture=st.builds(Architecture, factory=st.just("package.module:Net"), arguments=arguments),
@@ -225,7 +238,22 @@ def test_no_other_format_is_read(format_: object) -> None:
         pytest.param(MANIFEST.encode()[:-3], id="cut off"),
         pytest.param(MANIFEST.encode().replace(b"digits", b"\xff\xfe"), id="not UTF-8"),
         pytest.param(MANIFEST.encode().replace(b"digits", b"\\ud800"), id="half a character"),
+        pytest.param(MANIFEST.encode().replace(b"digits", b"\xe2\x82"), id="half a character of UTF-8"),
+        pytest.param(MANIFEST.encode().replace(b"digits", b"\xc0\x80"), id="a NUL in two bytes"),
+        pytest.param(MANIFEST.encode().replace(b"digits", b"\0"), id="a NUL in a name"),
         pytest.param(MANIFEST.encode().decode().encode("utf-16"), id="UTF-16"),
+        pytest.param(b"\xef\xbb\xbf" + MANIFEST.encode(), id="a byte order mark"),
+        pytest.param(MANIFEST.encode() + MANIFEST.encode(), id="two manifests"),
+        pytest.param(MANIFEST.encode().replace(b"{", b'{"version": 41,', 1), id="a field twice"),
+        pytest.param(MANIFEST.encode().replace(b'"width": 32', b'"width": 32, "width": 33'), id="an argument twice"),
+        pytest.param(MANIFEST.encode().replace(b"{", b'{"format": 2,', 1), id="two formats"),
+        pytest.param(MANIFEST.encode().replace(b": 42,", b": 1e400,"), id="a version of 1e400"),
+        pytest.param(MANIFEST.encode().replace(b": 42,", b": 1" + b"0" * 400 + b","), id="a version of 10**400"),
+        pytest.param(MANIFEST.encode().replace(b": 42,", b": NaN,"), id="a version that is NaN"),
+        pytest.param(MANIFEST.encode().replace(b": 32,", b": -Infinity,"), id="an infinite argument"),
+        pytest.param(
+            MANIFEST.encode().replace(b": 32,", b": 1" + b"0" * 5000 + b","), id="an argument of 5,000 digits"
+        ),
         pytest.param(b"not JSON", id="not JSON"),
         pytest.param(b"[]", id="a list"),
         pytest.param(b"null", id="null"),
@@ -274,6 +302,12 @@ def test_arguments_may_not_nest_without_end() -> None:
         pytest.param(("weights", "size"), 2**48 + 1, id="a giant size"),
         pytest.param(("weights", "tensors", "w", "shape"), [-1], id="a negative shape"),
         pytest.param(("weights", "tensors", "w", "shape"), [2**49], id="a giant shape"),
+        pytest.param(("weights", "tensors", "w", "shape"), [2**24, 2**25], id="more numbers than can be counted"),
+        pytest.param(("weights", "tensors", "w", "shape"), [2**48, 2**48, 0], id="a giant but for a size of 0"),
+        pytest.param(("weights", "tensors", "w", "shape"), [1] * 33, id="33 dimensions"),
+        pytest.param(("weights", "tensors", "w", "dtype"), "f" * 33, id="a long dtype"),
+        pytest.param(("release",), "1" * 201, id="a long release"),
+        pytest.param(("run",), "r" * 201, id="a long run"),
         pytest.param(("weights", "tensors"), [], id="tensors without names"),
         pytest.param(("architecture", "factory"), "package.module", id="a module for a factory"),
         pytest.param(("architecture", "factory"), "package/module:Net", id="a path for a factory"),
@@ -307,6 +341,49 @@ def test_many_problems_make_a_short_message() -> None:
     with pytest.raises(BadVersion, match="and 195 more") as raised:
         Manifest.decode(bent("weights", "tensors", value=tensors))
     assert len(raised.value.detail) < 1000
+
+
+FULL = MAX_MANIFEST_BYTES - 2000
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        pytest.param(b" " * FULL, "manifest_invalid", id="spaces"),
+        pytest.param(b"[" + b"[]," * (FULL // 3) + b"0]", "manifest_invalid", id="lists"),
+        pytest.param(b"[" * FULL, "manifest_invalid", id="deep lists"),
+        pytest.param(b"9" * FULL, "manifest_invalid", id="a number"),
+        pytest.param(b'{"version": "' + b"9" * FULL + b'"}', "manifest_invalid", id="a number as a text"),
+        pytest.param(
+            bent("weights", "tensors", "w", "shape", value=[2**48] * 200_000), "manifest_invalid", id="a shape"
+        ),
+        pytest.param(bent("weights", "tensors", value={"x" * FULL: {}}), "manifest_invalid", id="a name"),
+        pytest.param(bent("training", "metrics", value={"x" * FULL: "a"}), "manifest_invalid", id="a metric"),
+        pytest.param(bent("variants", value={str(i): 1 for i in range(200_000)}), "manifest_invalid", id="variants"),
+        pytest.param(
+            bent("weights", "tensors", value={str(i): {} for i in range(200_000)}), "manifest_invalid", id="tensors"
+        ),
+        pytest.param(bent("architecture", "factory", value="a." * (FULL // 2)), "manifest_invalid", id="a factory"),
+        pytest.param(bent("signature", "inputs", value=[{"name": "x"}] * 200_000), "manifest_invalid", id="inputs"),
+        pytest.param(
+            json.dumps({"format": 2, "release": "9" * FULL}).encode(), "format_unknown", id="a later release's name"
+        ),
+        pytest.param(
+            json.dumps({"format": 2, "release": [1] * 900_000}).encode(), "format_unknown", id="a list for a release"
+        ),
+        pytest.param(b'{"format": 1' + b"0" * 4000 + b"}", "format_unknown", id="a format of 4,000 digits"),
+        pytest.param(b'{"format": 2, "release": "\\ud800"}', "format_unknown", id="a release that is no text"),
+    ],
+)
+def test_the_largest_manifest_is_refused_at_once_and_in_a_few_words(data: bytes, reason: str) -> None:
+    """Whatever fills a file of the largest size, refusing it takes little time, and the reason is short and is text."""
+    assert len(data) <= MAX_MANIFEST_BYTES
+    before_s = time.process_time()
+    with pytest.raises(BadVersion) as raised:
+        check_size(Manifest.decode(data))
+    assert time.process_time() - before_s < 5
+    assert raised.value.reason == reason
+    assert len(raised.value.detail.encode()) < 2000
 
 
 @settings(deadline=None)
