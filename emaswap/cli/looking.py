@@ -13,7 +13,7 @@ from rich.text import Text
 
 from emaswap.cli.options import Location, Number
 from emaswap.cli.output import console, duration, plain, printable
-from emaswap.errors import BadVersion, Missing, Short, Unreadable
+from emaswap.errors import BadVersion, Missing, Short, StoreError, Unreadable
 from emaswap.store import Store, open_store
 from emaswap.store.line import Line
 from emaswap.store.look import Look
@@ -25,14 +25,18 @@ from emaswap.versions.manifest import Manifest
 def ls(store: Location) -> None:
     """List the versions in a store, the newest last."""
     found = open_store(store)
-    look = found.look()
+    look, pin, no_pin = found.seen(), None, None
+    try:
+        pin = found.orders.pin()
+    except StoreError as error:
+        no_pin = error
     stored = found.stored("weights")
     table = Table(box=None, pad_edge=False)
     for heading in ("version", "term", "step", "published", "MB", "digest", "EMA metrics", ""):
         numeric = heading in ("version", "term", "step", "MB")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for version in look.numbers:
-        notes = "pinned" if (pin := look.pin) and pin.version == version else ""
+        notes = "pinned" if pin and pin.version == version else ""
         try:
             manifest = found.manifest(version)
         except (BadVersion, Missing, Unreadable) as error:
@@ -42,6 +46,8 @@ def ls(store: Location) -> None:
             notes = f"{notes} weights pruned".strip()
         table.add_row(*_row(manifest), notes)
     console.print(table)
+    if no_pin:
+        raise no_pin
 
 
 def show(store: Location, version: Number) -> None:
@@ -59,7 +65,7 @@ def verify(
 ) -> None:
     """Prove versions right as a service would: terms, digests, schema, finite values, and the replayed probe."""
     found = open_store(store)
-    look, line = found.look(), Line(found)
+    look, line = found.seen(), Line(found)
     trusted = (*TRUSTED_BY_DEFAULT, *(trust or ()))
     problems = []
     for version in track(versions or look.numbers, "verifying", console=Console(stderr=True), transient=True):

@@ -40,7 +40,7 @@ def load(
     """
     found = store if isinstance(store, Store) else open_store(store)
     trusts = (*TRUSTED_BY_DEFAULT, *([trusted] if isinstance(trusted, str) else trusted))
-    look, line = found.look(), Line(found)
+    look, line = found.seen(), Line(found)
 
     def proven(number: int) -> nn.Module:
         whole = found.manifest(number)

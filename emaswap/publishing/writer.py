@@ -5,10 +5,12 @@ It makes room when the disk is full, and begins a new line when the store was de
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
-from emaswap.errors import EmaswapError, Fenced, Missing, Short
+from emaswap.errors import EmaswapError, Fenced, Missing, Short, StoreError
 from emaswap.files.digest import Algorithm
+from emaswap.files.tensor_file import Blob
 from emaswap.publishing.edition import Edition, Editor, Part
 from emaswap.publishing.snapshot import PrivateCopy
 from emaswap.store import Store
@@ -56,12 +58,22 @@ class Writer:
         return manifest
 
     def _commit(self, edition: Edition) -> Manifest:
-        stored = {variant: self._add(part) for variant, part in edition.parts.items()}
-        return self._term.commit(lambda place: edition.describe(self._name, place, stored))
+        added: list[Blob] = []
+        try:
+            stored = {variant: self._add(part, added) for variant, part in edition.parts.items()}
+            return self._term.commit(lambda place: edition.describe(self._name, place, stored))
+        except StoreError:
+            # Where the disk is full, files without a version would make it worse each time.
+            with suppress(EmaswapError):
+                self._retention.discard(added)
+            raise
 
-    def _add(self, part: Part) -> Variant:
+    def _add(self, part: Part, added: list[Blob]) -> Variant:
+        """Store the files of a part, and append them to `added` one by one."""
         weights = self.store.add_tensors("weights", part.tensors, self._algorithm)
+        added.append(weights)
         probe = self.store.add_tensors("probes", part.probe.to_tensors(), self._algorithm)
+        added.append(probe)
         return Variant(
             weights=WeightsInfo(digest=weights.digest, size=weights.size, tensors=part.table),
             ema=part.ema,

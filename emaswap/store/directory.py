@@ -129,14 +129,14 @@ class Directory(Files):
     def replace(self, key: str, data: bytes) -> None:
         final = self._root / key
         with self._writing(f"write {key}"), written(self._tmp, lambda file: file.write(data)) as (path, _):
-            if final.is_dir() and not final.is_symlink():
-                final.rmdir()  # an empty folder is in the way of a rename; one that holds something stays
+            _remove_folder(final)
             path.replace(final)
             sync_folder(final.parent)
 
     def delete(self, key: str) -> None:
         with self._writing(f"delete {key}"):
-            (self._root / key).unlink(missing_ok=True)
+            if not _remove_folder(self._root / key):
+                (self._root / key).unlink(missing_ok=True)
 
     def _expect_root(self) -> None:
         if not self._root.is_dir():
@@ -150,6 +150,14 @@ class Directory(Files):
 
     def _writing(self, task: str) -> AbstractContextManager[None]:
         return os_errors(task, self._location, denied=ReadOnly)
+
+
+def _remove_folder(path: Path) -> bool:
+    """Remove a folder that is in a file's place, if there is one. Raises `OSError` when it holds something."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    if is_folder:
+        path.rmdir()
+    return is_folder
 
 
 def _entry(found: os.stat_result, now: float) -> Entry:

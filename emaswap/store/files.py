@@ -62,10 +62,10 @@ class Files(Protocol):
         """Create a file that must not exist, whole and durable at once. `False` when another's is there already."""
 
     def replace(self, key: str, data: bytes) -> None:
-        """Write a file anew, atomically and durably."""
+        """Write a file anew, atomically and durably. An empty folder in its place is removed."""
 
     def delete(self, key: str) -> None:
-        """Delete a file; a file that is not there is no error."""
+        """Delete a file, or an empty folder in its place. What is not there is no error."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from emaswap.errors import BadVersion, Fenced, Missing, PublishError, Reason, StoreError, Unreadable
 from emaswap.files.digest import Digest, digest_of
 from emaswap.store import Store
-from emaswap.store.look import MAX_GAP, Look, in_line, seen
+from emaswap.store.look import MAX_GAP, Look, in_line
 from emaswap.versions.manifest import MAX_MANIFEST_BYTES, Manifest
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Term:
         store.prepare()
         self.store = store
         self.run = uuid.uuid4().hex
-        look = Look(seen(store.files))
+        look = store.seen()
         self.version = look.newest
         self.parent: Digest | None = None
         newest, passed_over = self._newest_readable(look)
@@ -118,8 +118,7 @@ class Term:
                 self.parent = newest.identity.digest
         # Each version raises the term by one at the most, so this is above that of every version passed over.
         self.term = (newest.term if newest else 0) + passed_over + 1
-        if self.version and store.hint() != self.version:
-            self._point()
+        self._point(unless=lambda hinted: hinted == self.version or not self.version)
 
     def _newest_readable(self, look: Look) -> tuple[Manifest | None, int]:
         passed_over = 0
@@ -156,8 +155,7 @@ class Term:
                 )
             if self.store.commit(place.version, data):
                 self.version, self.parent = place.version, digest_of(data)
-                if self.store.hint() < self.version:
-                    self._point()
+                self._point(unless=lambda hinted: hinted >= self.version)
                 return manifest
             self._pass_over(place.version)
 
@@ -178,9 +176,11 @@ class Term:
             )
         self.version, self.parent = version, winner.identity.digest
 
-    def _point(self) -> None:
+    def _point(self, *, unless: Callable[[int], bool]) -> None:
+        """Make CURRENT name our version, unless what it says is good. It is a hint: no trouble with it is an error."""
         try:
-            self.store.point_to(self.version)
+            if not unless(self.store.hint()):
+                self.store.point_to(self.version)
         except StoreError as error:
             # Versions are found without the hint; the next commit tries again to set it right.
             log.warning("CURRENT in %s does not name version %d: %s", self.store.location, self.version, error)

@@ -21,7 +21,7 @@ class Orders:
     def pin(self) -> Pin | None:
         """Return the pin, if there is one. Raises `StoreError` when it cannot be understood."""
         try:
-            return Pin.model_validate_json(read(self._files, PIN, MAX_NOTE_BYTES))
+            return Pin.model_validate_json(read(self._files, PIN, MAX_NOTE_BYTES), strict=True)
         except Missing:
             self._files.is_writable()  # raises when it is the store that is not there
             return None

@@ -5,10 +5,14 @@ version can still fetch it. Of the first version of a term the manifest stays fo
 term before collides with. What is not recognised is never deleted.
 """
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from emaswap.errors import EmaswapError
+from emaswap.errors import BadVersion, EmaswapError, Missing, StoreError, Unreadable
+from emaswap.files.digest import Digest
+from emaswap.files.tensor_file import Blob
 from emaswap.store import Store
+from emaswap.store.files import Entry
 from emaswap.store.keys import KINDS, manifest_key, tensors_key
 from emaswap.store.look import Look
 
@@ -24,7 +28,7 @@ class Facts:
 
 
 class Retention:
-    """Prunes one store; remembers manifests it has read, since they never change."""
+    """Prunes one store; remembers manifests it has read, as long as they are as they were."""
 
     def __init__(self, store: Store, *, keep: int = 10, grace_s: float = 60.0) -> None:
         """Keep the newest `keep` versions (at least one), and all that are younger than `grace_s` seconds."""
@@ -33,48 +37,66 @@ class Retention:
         self.store = store
         self.keep = keep
         self.grace_s = grace_s
-        self._facts: dict[int, Facts | None] = {}
+        self._read: dict[int, tuple[str, Facts | None]] = {}
 
     def prune(self) -> list[int]:
-        """Delete what need not be kept; return the numbers of the versions whose weights went, oldest first."""
+        """Delete what need not be kept; return the numbers of the versions whose weights went, oldest first.
+
+        Raises `StoreError` when something could not be deleted, after all the rest.
+        """
         look = self.store.look()
-        doomed = self._doomed(look)
+        facts = self._facts(look)
+        doomed = self._doomed(look, facts)
         if not doomed:
             return []
-        kept_keys = {key for version in look.numbers if version not in doomed for key in self._keys(version)}
-        openers = self._openers(look)
+        kept_keys = {key for version, each in facts.items() if version not in doomed for key in each.keys}
+        openers = _openers(facts)
         there = {tensors_key(kind, digest) for kind in KINDS for digest in self.store.stored(kind)}
         pruned = []
+        failure: StoreError | None = None
         for version in doomed:
-            gone = sorted((self._keys(version) - kept_keys) & there)
+            gone = sorted((facts[version].keys - kept_keys) & there)
             there.difference_update(gone)
             if version not in openers:
                 # The manifest goes first: a reader then finds no version, rather than one without its weights.
                 gone.insert(0, manifest_key(version))
-            for key in gone:
-                self.store.files.delete(key)
-            if gone:
-                pruned.append(version)
-        self._facts = {version: facts for version, facts in self._facts.items() if version in look.numbers}
+            try:
+                for key in gone:
+                    self.store.files.delete(key)
+            except StoreError as error:
+                failure = failure or error
+            else:
+                pruned += [version] if gone else []
+        if failure:
+            raise failure
         return pruned
 
     def clean(self) -> list[str]:
         """Delete tensor files that no version names: a publisher was killed before its commit. Returns their keys."""
-        versions = self.store.versions()
-        if not all(self._read(version) for version in versions):
+        return self._clean(lambda _, entry: entry.age_s > _ORPHAN_AGE_S)
+
+    def discard(self, blobs: Collection[Blob]) -> list[str]:
+        """Delete tensor files of a version that came to nothing, unless another names them. Returns their keys."""
+        digests = {blob.digest for blob in blobs}
+        return self._clean(lambda digest, _: digest in digests)
+
+    def _clean(self, is_orphan: Callable[[Digest, Entry], bool]) -> list[str]:
+        look = self.store.seen()
+        facts = self._facts(look)
+        if len(facts) < len(look.versions):
             return []  # an unreadable manifest may name any of them
-        named = {key for version in versions for key in self._keys(version)}
+        named = {key for each in facts.values() for key in each.keys}
         orphans = [
             key
             for kind in KINDS
             for digest, entry in self.store.stored(kind).items()
-            if entry.age_s > _ORPHAN_AGE_S and (key := tensors_key(kind, digest)) not in named
+            if is_orphan(digest, entry) and (key := tensors_key(kind, digest)) not in named
         ]
         for key in orphans:
             self.store.files.delete(key)
         return orphans
 
-    def _doomed(self, look: Look) -> list[int]:
+    def _doomed(self, look: Look, facts: Mapping[int, Facts]) -> list[int]:
         newest = look.in_line[-self.keep :]
         return [
             seen.version
@@ -82,27 +104,33 @@ class Retention:
             if seen.version not in newest
             and not (look.pin and look.pin.version == seen.version)
             and seen.age_s > self.grace_s
-            and self._read(seen.version)
+            and seen.version in facts
         ]
 
-    def _openers(self, look: Look) -> set[int]:
-        """Return the versions that open a term."""
-        first: dict[int, int] = {}
-        for version in look.numbers:
-            if facts := self._read(version):
-                first.setdefault(facts.term, version)
-        return set(first.values())
+    def _facts(self, look: Look) -> dict[int, Facts]:
+        """Return the facts of all versions whose manifests can be read, by ascending number."""
+        before, self._read = self._read, {}
+        for seen in look.versions:
+            known = before.get(seen.version)
+            if known is None or known[0] != seen.stamp:
+                try:
+                    known = seen.stamp, self._of(seen.version)
+                except (Missing, Unreadable):
+                    continue
+            self._read[seen.version] = known
+        return {version: facts for version, (_, facts) in self._read.items() if facts}
 
-    def _keys(self, version: int) -> frozenset[str]:
-        facts = self._read(version)
-        return facts.keys if facts else frozenset()
+    def _of(self, version: int) -> Facts | None:
+        try:
+            manifest = self.store.manifest(version)
+        except BadVersion:
+            return None
+        return Facts(manifest.term, frozenset(tensors_key(kind, blob.digest) for kind, blob in manifest.files()))
 
-    def _read(self, version: int) -> Facts | None:
-        if version not in self._facts:
-            manifest = self.store.readable(version)
-            self._facts[version] = (
-                Facts(manifest.term, frozenset(tensors_key(kind, blob.digest) for kind, blob in manifest.files()))
-                if manifest
-                else None
-            )
-        return self._facts[version]
+
+def _openers(facts: Mapping[int, Facts]) -> set[int]:
+    """Return the versions that open a term."""
+    first: dict[int, int] = {}
+    for version, each in facts.items():
+        first.setdefault(each.term, version)
+    return set(first.values())

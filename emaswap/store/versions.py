@@ -62,13 +62,17 @@ class Store:
         pin = self.orders.pin()
         return Look(look.including(self.files, versions, pin.version) if pin else versions, pin)
 
+    def seen(self) -> Look:
+        """Look at the versions alone: whatever became of the pin, it is neither read nor shown."""
+        return Look(look.seen(self.files))
+
     def versions(self) -> list[int]:
         """Return the numbers of all committed versions, ascending."""
-        return [seen.version for seen in look.seen(self.files)]
+        return list(self.seen().numbers)
 
     def newest(self) -> int:
         """Return the newest number in the line, 0 when there is none."""
-        return Look(look.seen(self.files)).newest
+        return self.seen().newest
 
     def has(self, version: int) -> bool:
         """Return whether a version is committed, whatever its manifest says."""

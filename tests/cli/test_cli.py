@@ -128,6 +128,17 @@ def test_verify_trusts_no_more_than_it_is_told(store: DirectoryStore) -> None:
     assert "untrusted_factory" in result.output
 
 
+def test_a_pin_that_cannot_be_understood_hides_no_version(store: DirectoryStore, publish: Publish) -> None:
+    """Versions are listed and verified all the same, and `ls` says what is wrong and what to do."""
+    publish()
+    (store.root / "PIN").write_text("rubbish")
+    listed = emaswap("ls", "--store", store.root)
+    assert listed.exit_code != 0
+    assert "pin again or unpin" in str(listed.exception)
+    assert listed.stdout.splitlines()[1].split()[0] == "1"
+    assert emaswap("verify", "--store", store.root, "--trust", "tests.models.*").exit_code == 0
+
+
 def test_pin_and_unpin_write_the_store(store: DirectoryStore, publish: Publish) -> None:
     """A pin is there with its reason until it is unpinned; a version that is not there cannot be pinned."""
     publish()

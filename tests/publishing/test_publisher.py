@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 import threading
@@ -26,11 +27,14 @@ from emaswap import (
     PublishError,
     Schedule,
     ScheduleInfo,
+    Short,
     Signature,
+    Store,
     TensorField,
     open_store,
 )
 from emaswap.files.digest import digest_of
+from emaswap.store.directory import Directory
 from emaswap.store.keys import manifest_key, tensors_key
 from emaswap.tensors import named_tensors
 from emaswap.versions.probe import Probe
@@ -89,7 +93,7 @@ def worker() -> Iterator[Worker]:
 
 
 def linear_publisher(
-    store: DirectoryStore,
+    store: Store,
     on_publish: Callable[[Manifest], None] | None = None,
     *,
     keep: int = 1000,
@@ -503,6 +507,69 @@ def test_a_full_disk_that_cannot_be_pruned_is_tried_once_more(tmp_path: Path) ->
         with pytest.raises(PublishError, match="step 3 was not published.*No space left on device"):
             publisher.close()
         assert store.versions() == [1, 2]
+
+
+class Wide(nn.Module):
+    """Its weights are many times as large as all else of a version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 20_000)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        out: Tensor = self.layer(rows)[:, :2]
+        return out
+
+
+def test_versions_that_come_to_nothing_use_up_no_room(tmp_path: Path) -> None:
+    """Where the disk has room for weights, but not for their version, they do not stay behind and fill it."""
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        store = DirectoryStore(disk)
+        publisher = Publisher(store, name="test", architecture=Architecture.of(Wide), probe=ROWS)
+        publisher.publish(Wide())
+        publisher.flush()
+        filler = fill(disk)
+        pages = -(-store.manifest(1).weights.size // 4096)
+        os.truncate(filler, filler.stat().st_size - 4096 * pages)
+        for _ in range(3):
+            publisher.publish(Wide())
+            with pytest.raises(PublishError, match="No space left on device"):
+                publisher.flush()
+            assert len(store.files.entries("weights")) == 1
+        filler.unlink()
+        publisher.publish(Wide(), step=7)
+        publisher.close()
+        assert store.manifest(2).training.step == 7
+
+
+class Full(Directory):
+    """A directory on a disk that has room for tensors, and none for manifests."""
+
+    is_full = False
+
+    def create(self, key: str, data: bytes) -> bool:
+        if self.is_full:
+            raise Short(f"cannot create {key}: No space left on device")
+        return super().create(key, data)
+
+
+def test_weights_that_another_version_names_stay_when_a_publish_fails(store: DirectoryStore) -> None:
+    """What could not be published once more is an older version's, too."""
+    files = Full(store.root)
+    with linear_publisher(Store(files)) as publisher:
+        module = Linear()
+        publisher.publish(module)
+        publisher.flush()
+        files.is_full = True
+        publisher.publish(module)
+        with pytest.raises(PublishError):
+            publisher.flush()
+        weights_of(store, 1)
+        publisher.publish(Linear())
+        with pytest.raises(PublishError):
+            publisher.flush()
+        weights_of(store, 1)
+        assert len(store.files.entries("weights")) == len(store.files.entries("probes")) == 1
 
 
 # -- a store that was deleted --------------------------------------------------------------------------------------

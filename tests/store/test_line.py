@@ -8,11 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from emaswap import Architecture, BadVersion, DirectoryStore, Fenced, Manifest, PublishError, Signature, TensorField
+from emaswap import (
+    Architecture,
+    BadVersion,
+    DirectoryStore,
+    Fenced,
+    Manifest,
+    PublishError,
+    Short,
+    Signature,
+    Store,
+    StoreError,
+    TensorField,
+)
 from emaswap.files.digest import digest_of
+from emaswap.store.directory import Directory
 from emaswap.store.files import read
 from emaswap.store.keys import CURRENT, manifest_key
 from emaswap.store.line import Place, Term
@@ -64,6 +78,44 @@ def assert_one_line(store: DirectoryStore) -> None:
     assert len(runs) == len({term for term, _ in runs})
     parents = [manifest.parent for manifest in manifests]
     assert parents == [None, *(digest_of(stored(store, version)) for version in versions[:-1])]
+
+
+class Hintless(Directory):
+    """A directory in which CURRENT can be neither read nor written."""
+
+    def open(self, key: str) -> BinaryIO:
+        if key == CURRENT:
+            raise Short(f"cannot read {key}: Too many open files")
+        return super().open(key)
+
+    def replace(self, key: str, data: bytes) -> None:
+        raise StoreError(f"cannot write {key}: Input/output error")
+
+
+def test_current_is_only_a_hint_for_publishers(store: DirectoryStore) -> None:
+    """Whatever is wrong with CURRENT, a version that was committed is no failure, and the next one follows."""
+    term = opened(store)
+    term.store = Store(Hintless(store.root))
+    assert commits(term, 2) == [1, 2]
+    assert store.versions() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["folder", "full folder", "link", "dangling link", "fifo"])
+@pytest.mark.timeout(20)
+def test_a_current_that_is_no_file_stops_no_publisher(store: DirectoryStore, kind: str) -> None:
+    """Publishers start and commit beside it, and set it right where nothing of anybody's would go with it."""
+    path = store.root / CURRENT
+    if kind.endswith("folder"):
+        path.mkdir()
+        (path / "notes.txt").touch() if kind == "full folder" else None
+    elif kind.endswith("link"):
+        path.symlink_to("/nowhere" if kind == "dangling link" else store.root / "versions")
+    else:
+        os.mkfifo(path)
+    assert commits(opened(store), 2) == [1, 2]
+    assert commits(opened(store), 1) == [3]
+    assert store.versions() == [1, 2, 3]
+    assert store.hint() == (0 if kind == "full folder" else 3)
 
 
 def test_a_manifest_that_no_reader_takes_is_not_committed(store: DirectoryStore) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from emaswap import DirectoryStore, EmaswapError, Manifest, Missing, Publisher
+from emaswap import DirectoryStore, EmaswapError, Manifest, Missing, Publisher, Store, StoreError
+from emaswap.store.directory import Directory
 from emaswap.store.keys import manifest_key, tensors_key
 from emaswap.store.retention import Retention
 from tests.models import Linear
@@ -260,6 +262,55 @@ def test_no_orphan_is_cleaned_beside_a_manifest_that_cannot_be_read(store: Direc
     make_old(store, "versions", "weights", "probes")
     assert Retention(store).clean() == []
     assert len(store.files.entries("weights")) == 3
+
+
+class Stubborn(Directory):
+    """A directory in which some files cannot be deleted."""
+
+    kept: tuple[str, ...] = ()
+
+    def delete(self, key: str) -> None:
+        if key in self.kept:
+            raise StoreError(f"cannot delete {key}: Input/output error")
+        super().delete(key)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "weights"])
+def test_one_file_that_cannot_be_deleted_keeps_no_other_version(store: DirectoryStore, kind: str) -> None:
+    """The others go all the same, the error is told at the end, and what a manifest names stays as long as it does."""
+    manifests = turn(store, *fresh(6))
+    make_old(store, "versions")
+    files = Stubborn(store.root)
+    weights = weights_file(store, manifests[2])
+    files.kept = (manifest_key(3) if kind == "manifest" else str(weights.relative_to(store.root)),)
+    with pytest.raises(StoreError, match="Input/output error"):
+        Retention(Store(files), keep=2).prune()
+    assert weights.exists()
+    assert whole(store) == ([3, 5, 6] if kind == "manifest" else [5, 6])
+
+
+def test_an_empty_folder_in_the_place_of_weights_does_not_stop_pruning(store: DirectoryStore) -> None:
+    """It goes like the file that should be there."""
+    manifests = turn(store, *fresh(4))
+    make_old(store, "versions")
+    weights_file(store, manifests[1]).unlink()
+    weights_file(store, manifests[1]).mkdir()
+    Retention(store, keep=1).prune()
+    assert whole(store) == [4]
+
+
+def test_what_was_remembered_of_a_deleted_store_is_forgotten(store: DirectoryStore) -> None:
+    """Versions of the same numbers in a store that was made anew are judged by what they say themselves."""
+    retention = Retention(store, keep=1)
+    turn(store, *fresh(4))
+    make_old(store, "versions")
+    retention.prune()
+    shutil.rmtree(store.root)
+    again = turn(store, *fresh(4))
+    make_old(store, "versions")
+    retention.prune()
+    assert whole(store) == [4]
+    assert [weights_file(store, each).exists() for each in again] == [False, False, False, True]
 
 
 def test_a_publisher_prunes_as_it_goes(store: DirectoryStore) -> None:

@@ -575,7 +575,27 @@ def test_only_versions_that_are_there_can_be_pinned(
     assert store.orders.pin() is None
 
 
-@pytest.mark.parametrize("rubbish", [b"", b"rubbish", b"{}", b'{"version": 0, "at": "2025-01-01T00:00:00Z"}'])
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        b"",
+        b"rubbish",
+        b"{}",
+        b'{"version": 0, "at": "2025-01-01T00:00:00Z"}',
+        b'{"version": true, "at": "2025-01-01T00:00:00Z"}',
+        b'{"version": "1", "at": "2025-01-01T00:00:00Z"}',
+        b'{"version": 1.0, "at": "2025-01-01T00:00:00Z"}',
+        b'{"version": 1, "at": "2025-01-01T00:00:00Z", "digest": "1"}',
+        b'{"version": 1, "at": "yesterday"}',
+        b"[" * 60_000,
+        b" " * 100_000,
+        b"\xff\xfe",
+    ],
+    ids=[
+        "empty", "rubbish", "nothing in it", "version 0", "true", "a text", "a float", "no digest", "no time", "deep",
+        "too large", "not UTF-8",
+    ],
+)  # fmt: skip
 def test_a_pin_that_cannot_be_understood_is_an_error(store: DirectoryStore, rubbish: bytes) -> None:
     """Rubbish in PIN is neither a pin nor none: it raises, with the way out, and unpinning is one."""
     (store.root / PIN).write_bytes(rubbish)
@@ -583,3 +603,35 @@ def test_a_pin_that_cannot_be_understood_is_an_error(store: DirectoryStore, rubb
         store.orders.pin()
     store.orders.clear_pin()
     assert store.orders.pin() is None
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "fifo"])
+@pytest.mark.timeout(20)
+def test_a_pin_that_is_no_file_is_an_error_and_can_be_repaired(store: DirectoryStore, kind: str) -> None:
+    """Neither a pin nor none: it raises, with the way out, and both unpinning and pinning again are one."""
+    commit(store, 1)
+    put(kind, store.root / PIN)
+    with pytest.raises(StoreError, match="pin again or unpin"):
+        store.look()
+    store.orders.clear_pin()
+    assert store.look().pin is None
+    put(kind, store.root / PIN) if kind != "link" else (store.root / PIN).symlink_to(store.root / CURRENT)
+    assert store.orders.set_pin(1) == store.look().pin
+
+
+def test_a_folder_that_holds_something_is_never_deleted(store: DirectoryStore) -> None:
+    """What is in a file's place is removed as far as nothing of anybody's goes with it."""
+    (store.root / PIN).mkdir()
+    (store.root / PIN / "notes.txt").write_text("somebody's")
+    with pytest.raises(StoreError, match="cannot delete PIN in .*: Directory not empty"):
+        store.orders.clear_pin()
+    with pytest.raises(StoreError):
+        store.files.replace(PIN, b"{}")
+    assert (store.root / PIN / "notes.txt").read_text() == "somebody's"
+
+
+def test_versions_are_seen_whatever_became_of_the_pin(store: DirectoryStore) -> None:
+    """Whoever asks for the versions alone is not troubled by an order that cannot be understood."""
+    commit(store, 1, 2)
+    (store.root / PIN).write_bytes(b"rubbish")
+    assert store.seen().numbers == (1, 2)
