@@ -32,13 +32,17 @@ class Following:
             )
         return stepped
 
+    def forget(self) -> None:
+        """Take no notice of what has changed the weights since this was last asked."""
+        self._seen = None
+
     def _note(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         # GradScaler hands a fused optimizer its flag, and leaves it to that to leave the step out.
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
             self._stepped = True
         else:
-            self._seen = None  # the kernel has touched the weights, and has not changed them
+            self.forget()  # the kernel has touched the weights, and has not changed them
 
 
 def _changes(model: nn.Module) -> int:

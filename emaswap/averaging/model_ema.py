@@ -241,6 +241,8 @@ class ModelEMA:
                 for (weight, _), before in zip(pairs, own, strict=True):
                     weight.copy_(before)
             self._swapped = False
+            if self._following is not None:
+                self._following.forget()
 
     def update_attr(
         self,

@@ -55,6 +55,21 @@ def test_micro_batches_are_no_reason_to_warn(caplog: pytest.LogCaptureFixture, *
     assert caplog.records == []
 
 
+def test_an_evaluation_in_place_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    """The weights are the model's own again after it, though every one was written."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ModelEMA(model)
+    ema.follow(optimizer)
+    with caplog.at_level(logging.WARNING):
+        train(model, optimizer)
+        assert ema.update(model) is True
+        with ema.swapped_into(model):
+            model(torch.ones(1, 2))
+        assert ema.update(model) is False
+    assert caplog.records == []
+
+
 def test_a_fused_step_that_a_scaler_leaves_out_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
     """Its kernel touches the weights, and leaves them as they are."""
     model = nn.Linear(2, 1)
