@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from emaswap.averaging.plan import Plan
 from emaswap.errors import EmaError
-from emaswap.tensors import dtype_name, plain_name
+from emaswap.tensors import plain_name
 
 
 def averaged_module(
@@ -33,6 +33,8 @@ def averaged_module(
             ) from error
     else:
         average = unwrap(factory())
+        if average is model:
+            raise EmaError("factory=... must make another module: it returned the model itself")
         check_averageable(average)
         reshard(model)
         with torch.no_grad():
@@ -45,8 +47,8 @@ def averaged_module(
 
 def convert(average: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
     """Move an average to a device, and its floating-point state to a dtype; half precision to float32 if none is named."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise EmaError(f"an average is kept in a floating-point dtype, got {dtype_name(dtype)}")
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise EmaError(f"an average is kept in a floating-point dtype of torch, got {dtype}")
     average._apply(lambda tensor: tensor.to(device, _averaged_dtype(tensor, dtype)))  # type: ignore[no-untyped-call]
 
 
@@ -68,8 +70,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif "_orig_mod" in model._modules and isinstance(inner := model._modules["_orig_mod"], nn.Module):
             model = inner
         else:
-            break
-    return model
+            return model
+    raise EmaError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_named(patterns: Iterable[str], module: nn.Module) -> None:
@@ -82,8 +84,6 @@ def check_named(patterns: Iterable[str], module: nn.Module) -> None:
 
 def check_averageable(model: nn.Module) -> None:
     """Raise `EmaError` for a model whose state cannot be averaged, naming the part and what to do about it."""
-    if not isinstance(model, nn.Module):
-        raise EmaError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, child in model.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise EmaError(
@@ -105,6 +105,8 @@ def _problem(tensor: Tensor) -> str | None:
         return "it is quantized; average the model before it is quantized"
     if tensor.layout is not torch.strided:
         return f"its layout is {str(tensor.layout).removeprefix('torch.')}; keep it dense, or keep it out of the state"
+    if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "several of its numbers share memory, as expand() makes them; register a clone() of it"
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
+from emaswap.averaging.schedule import is_number
 from emaswap.errors import EmaError
 
 Value = TypeVar("Value", float, Tensor)
@@ -78,23 +79,19 @@ class EMA(Generic[Value]):
         alpha = _checked_alpha(alpha)
         if type(count) is not int or count < 0:
             raise EmaError(f"the state's count must be a number of updates, got {count!r}")
-        if not _is_number(weight) or not (0 < weight <= 1 if count else weight == 0):
+        if not is_number(weight) or not (0 < weight <= 1 if count else weight == 0):
             raise EmaError(f"the state's weight must be in (0, 1], and 0 before the first update, got {weight!r}")
         if (average is None) != (count == 0):
             raise EmaError(f"the state's average must be there after the first update and only then, got {average!r}")
-        if average is not None and not isinstance(average, Tensor) and not _is_number(average):
+        if average is not None and not isinstance(average, Tensor) and not is_number(average):
             raise EmaError(f"the state's average must be a number or a tensor, got {type(average).__name__}")
         self._alpha, self.count, self._weight, self._average = alpha, count, float(weight), average
 
 
 def _checked_alpha(alpha: float) -> float:
-    if not _is_number(alpha) or not 0 < alpha <= 1:
+    if not is_number(alpha) or not 0 < alpha <= 1:
         raise EmaError(f"alpha must be above 0 and at most 1, got {alpha!r}")
     return float(alpha)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _averaged(x: Value) -> Value:

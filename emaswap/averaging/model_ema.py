@@ -15,7 +15,16 @@ from emaswap.averaging.averaged_module import averaged_module, check_named, conv
 from emaswap.averaging.following import Following
 from emaswap.averaging.plan import Buffers, Plan
 from emaswap.averaging.saved import check_saved, load_all
-from emaswap.averaging.schedule import Constant, Schedule, as_schedule, decay_at, from_description, span_decay, window
+from emaswap.averaging.schedule import (
+    Constant,
+    Schedule,
+    as_schedule,
+    decay_at,
+    from_description,
+    is_number,
+    span_decay,
+    window,
+)
 from emaswap.errors import EmaError
 
 log = logging.getLogger(__name__)
@@ -74,6 +83,8 @@ class ModelEMA:
         for name, number, least in (("update_every", update_every, 1), ("updates", updates, 0)):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise EmaError(f"{name} is an integer of at least {least}, got {number!r}")
+        if variants is not None and not isinstance(variants, Mapping):
+            raise EmaError(f"variants are schedules by name, got {type(variants).__name__}")
         self._decay = as_schedule(decay, tau)
         self.schedules = {name: as_schedule(each, tau) for name, each in (variants or {}).items()}
         model = unwrap(model)
@@ -103,8 +114,7 @@ class ModelEMA:
     @decay.setter
     def decay(self, decay: float | Schedule | Callable[[float], float]) -> None:
         # A number that is set later is meant from now on: a ramp up to it would begin anew.
-        is_number = isinstance(decay, (int, float)) and not isinstance(decay, bool)
-        self._decay = Constant(float(decay)) if is_number else as_schedule(decay)  # type: ignore[arg-type]
+        self._decay = Constant(float(decay)) if is_number(decay) else as_schedule(decay)  # type: ignore[arg-type]
 
     @property
     def module(self) -> nn.Module:
@@ -187,6 +197,10 @@ class ModelEMA:
         Asking a fused optimizer under a `GradScaler` whether it made its step waits for the device on CUDA.
         Call it again for an optimizer that takes over; until then, a warning says that weights change without a step.
         """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise EmaError(
+                f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; call follow() for each one"
+            )
         if self._following is None:
             self._following = Following()
         self._following.add(optimizer)
@@ -235,14 +249,14 @@ class ModelEMA:
                     weight.copy_(average)
             yield
         finally:
+            self._swapped = False
+            if self._following is not None:
+                self._following.forget()
             with torch.no_grad():
                 reshard(model)
                 plan.put_back()
                 for (weight, _), before in zip(pairs, own, strict=True):
                     weight.copy_(before)
-            self._swapped = False
-            if self._following is not None:
-                self._following.forget()
 
     def update_attr(
         self,

@@ -99,17 +99,16 @@ class Plan:
 
         On CUDA the flag stays on the device; pass it to `run_unless`.
         """
-        weights = self._fused + [weight for weight, _ in self._converted]
         everything = self.weights()
         if all(weight.device.type == "cpu" for weight in everything):
             # The last come first: what was looked at most recently is averaged first, while it is still in the cache.
-            found = not all(map(_is_finite, reversed(weights))) or any(
+            found = not all(map(_is_finite, reversed(self._looked_at()))) or any(
                 bool(_has_become_infinite(now, followers[0])) for now, followers in self._masked
             )
             flag = torch.tensor([float(found)])
         else:
             device = everything[0].device
-            filled = [weight for weight in weights if weight.numel()]  # an empty one has no norm
+            filled = [weight for weight in self._looked_at() if weight.numel()]  # an empty one has no norm
             norms = [norm.to(device) for norm in torch._foreach_norm(filled, float("inf"))] if filled else []
             flag = (~torch.isfinite(torch.stack([torch.zeros((), device=device), *norms])).all()).float().reshape(1)
             for now, followers in self._masked:
@@ -121,9 +120,14 @@ class Plan:
                 torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, mesh.get_group(dimension))
         return flag
 
+    def _looked_at(self) -> list[Tensor]:
+        """Return the weights in which nothing may be infinite, as the averages get them."""
+        return self._fused + [_narrowed(weight, followers[0]) for weight, followers in self._converted]
+
     def not_finite(self) -> list[str]:
         """Return the names of the weights for which `found_inf` says that they are not finite. Waits for the device."""
-        found = [weight for weight in self._fused + [now for now, _ in self._converted] if not _is_finite(weight)]
+        found = [weight for weight in self._fused if not _is_finite(weight)]
+        found += [now for now, followers in self._converted if not _is_finite(_narrowed(now, followers[0]))]
         found += [now for now, followers in self._masked if _has_become_infinite(now, followers[0])]
         return [self._names[id(weight)] for weight in found]
 
@@ -201,6 +205,12 @@ def _is_finite(tensor: Tensor) -> bool:
     if cmath.isfinite(total.item()):
         return True
     return bool((tensor if tensor.dtype.itemsize > 1 else tensor.float()).isfinite().all())
+
+
+def _narrowed(weight: Tensor, average: Tensor) -> Tensor:
+    """Return a weight in the average's dtype where that may overflow, and as it is elsewhere."""
+    narrower = torch.finfo(average.dtype).max < torch.finfo(weight.dtype).max
+    return weight.to(average.dtype) if narrower else weight
 
 
 def _has_become_infinite(weight: Tensor, average: Tensor) -> Tensor:

@@ -30,26 +30,29 @@ def recalibrate(module: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises `EmaError` when there is no batch, or one is something else. The statistics are as before whenever this raises.
     """
+    unwrapped = unwrap(module)
     norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
     if not norms:
         return
     device = next(chain(module.parameters(), module.buffers())).device
-    parameters = list(inspect.signature(unwrap(module).forward).parameters.values())
+    parameters = list(inspect.signature(unwrapped.forward).parameters.values())
     before = [{name: tensor.clone() for name, tensor in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
-    module.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all batches
-        norm.train()
     done = False
     try:
+        module.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over all batches
+            norm.train()
         for number, batch in enumerate(batches, 1):
             inputs, named = _inputs(batch, parameters, f"batch {number}")
             module(*(each.to(device) for each in inputs), **{name: each.to(device) for name, each in named.items()})
             done = True
         if not done:
             raise EmaError("there was no batch to recalibrate with: an iterator that is used up must be made again")
+        if not all(bool(tensor.isfinite().all()) for norm in norms for tensor in norm.buffers()):
+            raise EmaError("the statistics of these batches are not finite: look for NaNs and infinities in them")
     except BaseException:
         for norm, buffers in zip(norms, before, strict=True):
             norm.load_state_dict({**norm.state_dict(), **buffers})

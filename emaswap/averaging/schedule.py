@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Protocol, Self, cast
 
 from emaswap.errors import EmaError
@@ -178,6 +179,8 @@ class Scaled:
     kappa: float
 
     def __post_init__(self) -> None:
+        if not hasattr(self.schedule, "describe"):
+            raise EmaError(f"what is scaled is a schedule, such as Constant(0.999), got {self.schedule!r}")
         if not self.kappa > 0:
             raise EmaError(f"kappa is the factor of the batch size, above 0; got {self.kappa}")
 
@@ -205,15 +208,20 @@ class Custom:
         return {"name": "custom"}
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a real number of Python or numpy, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def as_schedule(decay: object, tau: float = 2000.0) -> Schedule:
     """Return a schedule as it is, a function as `Custom`, and a number as the final decay of an `ExponentialRamp`.
 
     Raises `EmaError` for anything else.
     """
-    if callable(decay):
+    if callable(decay) and not isinstance(decay, type):
         return cast("Schedule", decay) if hasattr(decay, "describe") else Custom(decay)
-    if isinstance(decay, (int, float)) and not isinstance(decay, bool):
-        return ExponentialRamp(float(decay), tau)
+    if is_number(decay):
+        return ExponentialRamp(float(decay), tau)  # type: ignore[arg-type]
     raise EmaError(
         f"a decay is a number in [0, 1], a schedule or a function of the update count, got {decay!r}; "
         "make_schedule() makes a schedule by name"

@@ -137,7 +137,7 @@ def synthesize(
         )
     updates, _ = _asked(snapshots, updates)
     newest = min(snapshots, key=lambda each: (each.updates > updates, abs(each.updates - updates)))
-    total = _Sum(newest, tuple(exclude))
+    total = _Sum(newest, (exclude,) if isinstance(exclude, str) else tuple(exclude))
     for snapshot, value in zip(snapshots, found.values, strict=True):
         total.add(snapshot, value)
     return total.state()

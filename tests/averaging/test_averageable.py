@@ -5,11 +5,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from emaswap import Constant, EmaError, ExponentialRamp, ModelEMA, PowerFunction, window
+from emaswap import Constant, EmaError, ExponentialRamp, ModelEMA, PowerFunction, Scaled, window
 
 
 class Optional(nn.Module):
@@ -171,7 +172,7 @@ def test_every_dtype_of_numbers_is_averaged(dtype: torch.dtype, kept: torch.dtyp
         ({"variants": {"slow": 1.5}}, "expected a decay in"),
         ({"exclude": ["wieght"]}, "exclude='wieght' names nothing"),
         ({"exclude": "wieght"}, "exclude='wieght' names nothing"),
-        ({"dtype": torch.int64}, "floating-point dtype, got int64"),
+        ({"dtype": torch.int64}, "floating-point dtype of torch, got torch.int64"),
     ],
     ids=str,
 )
@@ -293,3 +294,48 @@ def test_an_average_can_be_moved(to: tuple[Any, ...]) -> None:
     assert ema.update(model) is True
     with pytest.raises((EmaError, TypeError)):
         ema.to(torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (lambda: ModelEMA(None), "expected a torch.nn.Module, got NoneType"),  # type: ignore[arg-type]
+        (lambda: ModelEMA(nn.Linear(1, 1)).update(None), "expected a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: ModelEMA(nn.Linear(1, 1)).follow(None), "expected a torch.optim.Optimizer"),  # type: ignore[arg-type]
+        (lambda: ModelEMA(nn.Linear(1, 1), PowerFunction), "a decay is a number"),  # type: ignore[arg-type]
+        (lambda: ModelEMA(nn.Linear(1, 1), variants=["slow"]), "variants are schedules by name"),  # type: ignore[arg-type]
+        (lambda: ModelEMA(nn.Linear(1, 1), dtype="float32"), "floating-point dtype of torch"),  # type: ignore[arg-type]
+        (lambda: ModelEMA(nn.Linear(1, 1), factory=lambda: None), "expected a torch.nn.Module"),  # type: ignore[arg-type,return-value]
+        (lambda: Scaled(0.99, 4), "what is scaled is a schedule"),  # type: ignore[arg-type]
+        (lambda: ModelEMA(holding(torch.arange(4).expand(2, -1))), "register a clone"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_in_words(make: Callable[[], object], advice: str) -> None:
+    """A user's mistake is an `EmaError`, and no error of what happens to be called."""
+    with pytest.raises(EmaError, match=advice):
+        make()
+
+
+def test_a_factory_that_returns_the_model_is_refused() -> None:
+    """Averaging in the model itself would freeze it."""
+    model = nn.Linear(1, 1)
+    with pytest.raises(EmaError, match="it returned the model itself"):
+        ModelEMA(model, factory=lambda: model)
+    assert model.weight.requires_grad
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """A decay may come from an array."""
+    decay: float = np.float32(0.5)  # type: ignore[assignment]
+    assert ModelEMA(nn.Linear(1, 1), decay).decay == ExponentialRamp(0.5, 2000.0)
+
+
+def test_weights_that_a_narrower_average_cannot_hold_are_left_out() -> None:
+    """They would be infinite in it, and NaN for ever after."""
+    model = nn.Linear(1, 1)
+    ema = ModelEMA(model, Constant(0.5), dtype=torch.float16)
+    nn.init.constant_(model.weight, 1e5)
+    assert ema.update(model) is False
+    nn.init.constant_(model.weight, 1.0)
+    assert ema.update(model) is True
+    assert all(tensor.isfinite().all() for tensor in ema.ema.state_dict().values())

@@ -77,6 +77,7 @@ def test_batches_of_any_kind_are_taken(make: Any, batches: Any, expected: Tensor
             one, [ROWS, [[1.0, 2.0, 3.0]]], "batch 2 holds a list at 0, expected a tensor", id="a list of numbers"
         ),
         pytest.param(one, [ROWS.numpy()], "batch 1 holds a ndarray at 0, expected a tensor", id="numpy"),
+        pytest.param(one, [ROWS, ROWS * float("nan")], "statistics of these batches are not finite", id="NaN"),
         pytest.param(one, [()], "batch 1 has 0 tensors, and forward requires 1", id="an empty tuple"),
         pytest.param(one, [{"rows": ROWS}], "batch 1 has rows, and forward takes input", id="another name"),
         pytest.param(one, [{"input": "x"}], "batch 1 holds a str at 'input'", id="a text by name"),
