@@ -62,8 +62,7 @@ class EMA(Generic[Value]):
         """Return the bias-corrected average. Raises `EmaError` before the first update: there is no average yet."""
         if self._average is None:
             raise EmaError("EMA.get() before any update(): there is no average yet")
-        # Whole from a first alpha of 1 on; dividing by 1 would copy a tensor for nothing.
-        return self._average if self._weight == 1 else self._average / self._weight
+        return self._average / self._weight
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to resume exactly here."""

@@ -108,12 +108,14 @@ def test_an_average_of_tensors_keeps_neither_history_nor_the_inputs_memory() -> 
 
 
 def test_an_average_that_was_handed_out_does_not_move() -> None:
-    """Later updates leave an earlier answer as it was."""
+    """Later updates leave an earlier answer as it was, and what is done to an answer leaves the average."""
     ema = EMA[Tensor](1.0)
     ema.update(torch.ones(1))
     before = ema.get()
     ema.update(torch.zeros(1))
     assert before.item() == 1
+    ema.get().fill_(7)
+    assert ema.get().item() == 0
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
