@@ -207,7 +207,7 @@ def _check(updates: int, update_every: int) -> None:
 
 
 class _Sum:
-    """A weighted sum of states. Integers and excluded names are those of the newest."""
+    """A weighted sum of states. Integers, excluded names and what is not finite are those of the newest."""
 
     def __init__(self, newest: Snapshot, exclude: tuple[str, ...]) -> None:
         self._newest = newest
@@ -230,15 +230,21 @@ class _Sum:
             )
         for name, tensor in tensors.items():
             is_number = tensor.is_floating_point() or tensor.is_complex()
-            if is_number and not any(fnmatchcase(name, pattern) for pattern in self._exclude):
+            summed = is_number and not any(fnmatchcase(name, pattern) for pattern in self._exclude)
+            if summed:
                 wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
                 self._sums[name] = self._sums[name].add_(wide, alpha=value) if name in self._sums else wide * value
-            elif snapshot is self._newest:
+            if snapshot is self._newest and not (summed and tensor.isfinite().all()):
                 self._copies[name] = tensor.detach().clone()
 
     def state(self) -> dict[str, Tensor]:
         """Return the sum, in the order and the dtypes of the states."""
-        return {
-            name: self._sums[name].to(like.dtype) if name in self._sums else self._copies[name]
-            for name, like in self._like.items()
-        }
+        return {name: self._of(name, like.dtype) for name, like in self._like.items()}
+
+    def _of(self, name: str, dtype: torch.dtype) -> Tensor:
+        found, newest = self._sums.get(name), self._copies.get(name)
+        if found is None:
+            return self._copies[name]
+        found = found.to(dtype)
+        # Coefficients have both signs, so that infinities of a mask would cancel to NaN.
+        return found if newest is None else torch.where(newest.isfinite(), found, newest)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emaswap import Constant, ModelEMA, Schedule
+from emaswap import Constant, ModelEMA, Schedule, Snapshot, synthesize
 
 NAN, INF = float("nan"), float("inf")
 
@@ -153,3 +153,17 @@ def test_the_first_update_that_is_left_out_is_a_warning(caplog: pytest.LogCaptur
     [record] = caplog.records
     assert "NaNs or infinities in 1.weight;" in record.getMessage()
     assert record.name.startswith("emaswap.")
+
+
+def test_an_average_that_is_made_afterwards_has_the_mask() -> None:
+    """Coefficients of both signs make no NaN of its infinities."""
+    model = Masked(CAUSAL)
+    ema = ModelEMA(model, Constant(0.5), variants={"slow": Constant(0.8)})
+    snapshots = []
+    for _ in range(6):
+        step(model)
+        ema.update(model)
+        snapshots += [Snapshot.of(ema), Snapshot.of(ema, "slow")]
+    found = synthesize(snapshots, Constant(0.7), max_error=1)
+    assert torch.equal(found["mask"], CAUSAL)
+    assert found["weight"].isfinite().all()
