@@ -121,15 +121,15 @@ def test_hundreds_of_bad_versions_are_tried_newest_first(store: DirectoryStore) 
 
 
 def test_rejections_do_not_keep_what_they_say(store: DirectoryStore, publish: Publish) -> None:
-    """Twenty megabytes of detail in a rejection are cut, in what is kept and in what is answered."""
+    """Megabytes of detail in a rejection are cut, in what is kept and in what is answered."""
     publish()
     term = Term(store, "test")
-    huge = b'{"format": 1, "model": "%s"' % (b"x" * (14 << 20))
+    huge = b'{"format": 1, "model": "%s"' % (b"x" * (3 << 20))
     commit(store, term, Forgery(FORGERIES["manifest not JSON"].reason, manifest=lambda _: huge))
     commit(
         store,
         term,
-        Forgery(FORGERIES["manifest not JSON"].reason, manifest=lambda _: b'{"%s": 1}' % (b"x" * (14 << 20))),
+        Forgery(FORGERIES["manifest not JSON"].reason, manifest=lambda _: b'{"%s": 1}' % (b"x" * (3 << 20))),
     )
     with serve(store=str(store.root), poll_s=0.05) as served:
         served.wait_until_rejected(2)
