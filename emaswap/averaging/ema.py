@@ -99,6 +99,9 @@ def _averaged(x: Value) -> Value:
         if not isinstance(x, Real):
             raise EmaError(f"an EMA averages numbers or tensors, got {type(x).__name__}")
         return cast("Value", float(x))
+    if x.is_quantized or x.layout is not torch.strided:
+        kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+        raise EmaError(f"an EMA averages dense tensors, got one that is {kind}: make it dense first")
     if x.is_complex():
         return x.detach().to(torch.promote_types(x.dtype, torch.complex64))
     if x.is_floating_point() and x.dtype.itemsize > 2:

@@ -57,7 +57,8 @@ class Held:
         for place, key, value in zip(self._places, self._keys, self._values, strict=True):
             place[key] = value
         for tensor, memory in zip(self._tensors, self._memories, strict=True):
-            if (tensor.dtype, local_part(tensor).data_ptr()) != (memory.dtype, memory.data_ptr()):
+            now = local_part(tensor)
+            if (now.dtype, now.data_ptr(), now.stride()) != (memory.dtype, memory.data_ptr(), memory.stride()):
                 tensor.data = memory
 
     def is_of(self, module: nn.Module) -> bool:
@@ -68,12 +69,13 @@ class Held:
             and self._look() == self._seen
         )
 
-    def _look(self) -> tuple[list[int], list[int], list[nn.Module | None]]:
+    def _look(self) -> tuple[list[int], list[tuple[int, ...]], list[int], list[nn.Module | None]]:
         # `module.to(...)` and `parameter.data = ...` keep the parameter and change what is in it. The old memory is kept
-        # alive by the plan, so that what is new is elsewhere.
+        # alive by the plan, so that what is new is elsewhere, or is another view of it.
         addresses = list(map(Tensor.data_ptr, self._locals))
+        strides = list(map(Tensor.stride, self._locals))
         children = list(chain.from_iterable(map(dict.values, self._children)))
-        return addresses, list(map(len, self._folders)), children
+        return addresses, strides, list(map(len, self._folders)), children
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -180,7 +180,6 @@ class ModelEMA:
             return False
         now, first = self.updates + 1, self.updates + 1 - self._behind
         weights = [1 - span_decay(schedule, first, now) for schedule in (self.decay, *self.schedules.values())]
-        self.updates, self._behind = now, 0
         if found_inf is None or found_inf.device.type == "cpu":
             plan.run(weights)
         else:
@@ -188,6 +187,7 @@ class ModelEMA:
             self._skipped_on_device = (
                 found_inf if self._skipped_on_device is None else self._skipped_on_device + found_inf
             )
+        self.updates, self._behind = now, 0
         return True
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
@@ -269,8 +269,15 @@ class ModelEMA:
         With `include`, just those; otherwise every public one that is not in `exclude`. The average's eval mode stays.
         """
         wanted, unwanted = set(include), {*exclude, "training"}
-        for name, value in vars(unwrap(model)).items():
+        model = unwrap(model)
+        if missing := sorted(wanted - vars(model).keys()):
+            raise EmaError(f"include names what {type(model).__name__} has no attribute for: {', '.join(missing)}")
+        for name, value in vars(model).items():
             if name.startswith("_") or name in unwanted or (wanted and name not in wanted):
+                continue
+            if (
+                getattr(value, "__self__", None) is model
+            ):  # a method that was replaced would run the model, not the average
                 continue
             for module in (self.ema, *self.variants.values()):
                 setattr(module, name, value)
@@ -302,7 +309,9 @@ class ModelEMA:
         decay = _restored(self.decay, whole["schedule"])
         schedules = {name: _restored(self.schedules[name], variants[name]["schedule"]) for name in self.schedules}
         load_all(
-            [self.ema, *self.variants.values()], [whole["ema"], *(variants[name]["ema"] for name in self.variants)]
+            [self.ema, *self.variants.values()],
+            [whole["ema"], *(variants[name]["ema"] for name in self.variants)],
+            finite=self.guard,
         )
         self.decay, self.schedules = decay, schedules
         self.update_every, self.updates, self._behind = whole["update_every"], whole["updates"], whole["behind"]

@@ -6,6 +6,7 @@ Knows tensors, and nothing of schedules or of counting.
 import cmath
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ class Plan:
         *averaged, weights = [held.state() for held in self._held]
         for states in averaged:
             _check_alike(states, weights)
+        _check_apart(averaged[0])
         exclude = tuple(exclude)
         unaveraged = _buffer_names(model) if buffers == "copy" else set()
         copied = {
@@ -179,6 +181,22 @@ def _memory(tensor: Tensor) -> object:
     """Return equal values for tensors that share memory, whichever object holds them."""
     local = getattr(tensor, "_local_tensor", tensor)
     return (local.data_ptr(), local.dtype, local.shape, local.stride()) if local.data_ptr() else id(tensor)
+
+
+def _check_apart(averages: Mapping[str, Tensor]) -> None:
+    """Raise `EmaError` where two tensors share a part of their memory, which would decay twice.
+
+    Tied ones share all of it. Tensors with gaps between their numbers, as columns of one matrix, may lie within one
+    another and share nothing.
+    """
+    spans = sorted(
+        (local.data_ptr(), local.data_ptr() + local.nbytes, name)
+        for name, local in ((name, local_part(each)) for name, each in averages.items())
+        if local.data_ptr() and local.is_contiguous()
+    )
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end and _memory(averages[name]) != _memory(averages[other]):
+            raise EmaError(f"{name} and {other} share a part of their memory, which would decay twice: register clones")
 
 
 def _check_alike(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,8 @@ def recalibrate(module: nn.Module, batches: Iterable[Any]) -> None:
 
     Statistics that were averaged over training belong to weights of the past; these belong to the weights as they are
     (stochastic weight averaging, arXiv 1803.05407, section 3.1). Every other layer stays in eval mode, so that dropout
-    neither changes the statistics nor draws random numbers. Without batch norm, nothing runs.
+    neither changes the statistics nor draws random numbers. Without batch norm, nothing runs; one that does not run for
+    any batch keeps the statistics that it has.
 
     Args:
         module: the module to change, as it is published or evaluated.
@@ -31,7 +32,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Any]) -> None:
     Raises `EmaError` when there is no batch, or one is something else. The statistics are as before whenever this raises.
     """
     unwrapped = unwrap(module)
-    norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    norms = _norms(module)
     if not norms:
         return
     device = next(chain(module.parameters(), module.buffers())).device
@@ -49,18 +50,34 @@ def recalibrate(module: nn.Module, batches: Iterable[Any]) -> None:
             inputs, named = _inputs(batch, parameters, f"batch {number}")
             module(*(each.to(device) for each in inputs), **{name: each.to(device) for name, each in named.items()})
             done = True
+        _restore((norm, buffers) for norm, buffers in zip(norms, before, strict=True) if not norm.num_batches_tracked)
         if not done:
             raise EmaError("there was no batch to recalibrate with: an iterator that is used up must be made again")
         if not all(bool(tensor.isfinite().all()) for norm in norms for tensor in norm.buffers()):
             raise EmaError("the statistics of these batches are not finite: look for NaNs and infinities in them")
     except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            norm.load_state_dict({**norm.state_dict(), **buffers})
+        _restore(zip(norms, before, strict=True))
         raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         module.eval()
+
+
+def _norms(module: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms that keep running statistics."""
+    for name, each in module.named_modules():
+        if isinstance(each, torch.jit.ScriptModule) and "BatchNorm" in each.original_name:
+            raise EmaError(
+                f"{name or 'the module'} is scripted, and its statistics cannot be set: recalibrate before scripting"
+            )
+    return [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+
+
+def _restore(norms: Iterable[tuple[_BatchNorm, Mapping[str, Tensor]]]) -> None:
+    """Give batch norms the statistics that they had."""
+    for norm, buffers in norms:
+        norm.load_state_dict({**norm.state_dict(), **buffers})
 
 
 def _inputs(batch: object, parameters: list[Parameter], what: str) -> tuple[list[Tensor], dict[str, Tensor]]:

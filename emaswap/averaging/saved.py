@@ -34,8 +34,11 @@ def check_saved(state: object, variants: Sequence[str]) -> Mapping[str, Any]:
     return whole
 
 
-def load_all(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load each module's state, or none: torch's own loading has taken in what fits when it raises."""
+def load_all(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]], *, finite: bool) -> None:
+    """Load each module's state, or none: torch's own loading has taken in what fits when it raises.
+
+    With `finite`, no number may be NaN that is not so in the module already.
+    """
     before = [
         {name: value.clone() if isinstance(value, Tensor) else value for name, value in module.state_dict().items()}
         for module in modules
@@ -46,6 +49,8 @@ def load_all(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) 
         sides = [{name: value for name, value in each.items() if isinstance(value, Tensor)} for each in (own, state)]
         if found := differences(*sides):
             raise EmaError(f"the saved state is not of this average: {in_words(found)}")
+        if finite and (bad := [name for name in sides[0] if _has_more_nans(sides[1][name], sides[0][name])]):
+            raise EmaError(f"the saved state has NaNs in {', '.join(bad[:10])}: load an earlier one")
     try:
         for module, state in zip(modules, states, strict=True):
             module.load_state_dict(state)
@@ -53,6 +58,10 @@ def load_all(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) 
         for module, own in zip(modules, before, strict=True):
             module.load_state_dict(own)
         raise EmaError(f"the saved state is not of this average: {error}") from error
+
+
+def _has_more_nans(value: Tensor, own: Tensor) -> bool:
+    return bool((value.isnan() & ~own.isnan().to(value.device)).any())
 
 
 def _fields_of(what: str, state: object, names: Sequence[str]) -> Mapping[str, Any]:

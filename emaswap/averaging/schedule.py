@@ -209,8 +209,14 @@ class Custom:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a real number of Python or numpy, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Return whether a value is a real number of Python or numpy that a float can hold, and no truth value."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def as_schedule(decay: object, tau: float = 2000.0) -> Schedule:
