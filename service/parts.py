@@ -8,7 +8,7 @@ import torch
 from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics
 
 from emaswap import BadVersion, __version__, open_store
-from emaswap.device import pick_device
+from emaswap.device import pick_device, processors
 from service.control.conductor import Conductor
 from service.control.loader import Loader
 from service.control.metrics import ControlMetrics
@@ -57,6 +57,7 @@ class Service:
             max_waiting_bytes=settings.max_waiting_bytes,
             forward_timeout_s=settings.forward_timeout_s,
             on_broken=self.give_up,
+            batching=settings.batching,
         )
 
     @property
@@ -80,8 +81,7 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Follow the store for as long as the context lasts."""
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
+        torch.set_num_threads(self.settings.threads or max(1, processors() // 2))
         watching = asyncio.create_task(self.watcher.run(), name="watcher")
         try:
             yield

@@ -9,6 +9,7 @@ MAX_DETAIL = 2000
 class Code(StrEnum):
     """The kinds of refusals, as clients see them."""
 
+    INVALID_HTTP = "invalid_http"
     INVALID_HEADER = "invalid_header"
     INVALID_JSON = "invalid_json"
     UNAUTHORIZED = "unauthorized"
@@ -16,6 +17,7 @@ class Code(StrEnum):
     NOT_FOUND = "not_found"
     UNKNOWN_VERSION = "unknown_version"
     METHOD_NOT_ALLOWED = "method_not_allowed"
+    HEAD_TIMEOUT = "head_timeout"
     BODY_TIMEOUT = "body_timeout"
     STORE_IS_READ_ONLY = "store_is_read_only"
     VERSION_WAS_REJECTED = "version_was_rejected"
@@ -30,11 +32,14 @@ class Code(StrEnum):
     NOT_FINITE = "not_finite"
     MODEL_REFUSED = "model_refused"
     QUEUE_IS_FULL = "queue_is_full"
+    HEAD_TOO_LARGE = "head_too_large"
+    INTERNAL_ERROR = "internal_error"
     FORWARD_TIMEOUT = "forward_timeout"
     NO_LIVE_VERSION = "no_live_version"
     OUT_OF_MEMORY = "out_of_memory"
     STORE_UNREACHABLE = "store_unreachable"
     VERSION_CHANGED = "version_changed"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
 
 
 class Refusal(Exception):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import SettingsConfigDict
+from pydantic_settings import CliImplicitFlag, SettingsConfigDict
 
 from emaswap.settings import CommandSettings, CommaSeparated
 from emaswap.versions.architecture import TRUSTED_BY_DEFAULT
@@ -30,7 +30,13 @@ class ServiceSettings(CommandSettings):
         None, description="File with the bearer token of /model/pin and /model/refresh; without it they are off."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run the model.")
-    threads: int = Field(0, ge=0, description="Threads that torch computes with on the CPU; 0 leaves it to torch.")
+    threads: int = Field(
+        0, ge=0, description="Threads that torch computes with on the CPU; 0 for half of the processors that are there."
+    )
+    batching: CliImplicitFlag[bool] = Field(
+        True,
+        description="Whether requests run through the model together; no for models whose answers depend on the batch.",
+    )
     poll_s: float = Field(
         1.0, gt=0, le=3600, description="Seconds between looks at the store; notifications only make it quicker."
     )
@@ -46,6 +52,13 @@ class ServiceSettings(CommandSettings):
     max_waiting_bytes: int = Field(
         256 << 20, ge=1, description="Bytes of inputs that may wait for the model; more are answered 429."
     )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        description="Connections that may be open; where files are short, fewer. Idle ones make room for new.",
+    )
+    idle_timeout_s: float = Field(60.0, gt=0, description="Seconds that a connection may wait for its next request.")
+    head_timeout_s: float = Field(10.0, gt=0, description="Seconds a client may take to send its headers; then 408.")
     body_timeout_s: float = Field(30.0, gt=0, description="Seconds a client may take to send its body; then 408.")
     forward_timeout_s: float = Field(
         30.0,

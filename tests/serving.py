@@ -1,5 +1,6 @@
 """Real services for tests: in a thread of this process, or in a process of their own."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -14,10 +15,10 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from service.__main__ import Server
 from service.parts import Service
 from service.settings import ServiceSettings
 from service.web.app import create_app
+from service.web.server import Server
 from tests.programs import ROOT, Program, interpreter
 
 __all__ = ["ADMIN", "ROOT", "TRUST", "Served", "ServiceProcess", "serve", "wait_for"]
@@ -42,8 +43,9 @@ def wait_for(condition: Callable[[], Result], *, timeout_s: float = 30.0, what: 
 class Served:
     """A running service as its clients see it."""
 
-    def __init__(self, url: str, app: FastAPI | None = None) -> None:
+    def __init__(self, url: str, app: FastAPI | None = None, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.url = url
+        self.loop = loop
         self.client = httpx.Client(base_url=url, timeout=30)
         self._app = app
 
@@ -95,22 +97,39 @@ class Served:
 @contextmanager
 def serve(**settings: Any) -> Iterator[Served]:
     """A service in a thread of this process, on a free port."""
-    settings = {"trust": TRUST, "drain_s": 0.0, "port": 0} | settings
+    settings = {"trust": TRUST, "drain_s": 0.0, "port": 0, "shutdown_s": 10} | settings
     app = create_app(ServiceSettings.model_validate(settings))
-    config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=10)
-    server = Server(config, app.state.service)
+    server = Server(app)
     thread = threading.Thread(target=server.run, name="service")
     thread.start()
     try:
         wait_for(lambda: server.started, what="the service's start")
         port = server.servers[0].sockets[0].getsockname()[1]
-        served = Served(f"http://127.0.0.1:{port}", app)
+        served = Served(f"http://127.0.0.1:{port}", app, server.servers[0].get_loop())
         with served.client:
             yield served
     finally:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextmanager
+def other_door(served: Served) -> Iterator[Served]:
+    """The same service behind uvicorn's own connections, as another ASGI server would have it."""
+    config = uvicorn.Config(served.app, port=0, log_config=None, lifespan="off", server_header=False, http="httptools")
+    server = uvicorn.Server(config)
+    assert served.loop is not None
+    running = asyncio.run_coroutine_threadsafe(server._serve(), served.loop)
+    try:
+        wait_for(lambda: server.started, what="the other door")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        other = Served(f"http://127.0.0.1:{port}", served.app)
+        with other.client:
+            yield other
+    finally:
+        server.should_exit = True
+        running.result(30)
 
 
 class ServiceProcess(Served):

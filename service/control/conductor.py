@@ -5,6 +5,7 @@ It belongs to the event loop, which alone writes its records; everything that bl
 
 import asyncio
 import contextlib
+import gc
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -57,6 +58,7 @@ class Conductor:
         self._loading = Lane("emaswap-load")
         self._turn = asyncio.Lock()
         self._standing = Standing()
+        self._has_served = False
         metrics.hung_loads.set_function(lambda: self._loading.hung)
 
     @property
@@ -263,6 +265,11 @@ class Conductor:
         )
 
     def _go_live(self, servable: Servable, timings_s: Mapping[str, float]) -> None:
+        if not self._has_served:
+            # What is there by now stays: let the cycle collector, which stops everything else, never look at it again.
+            gc.collect()
+            gc.freeze()
+            self._has_served = True
         before = self._slot.swap(servable)
         if before is not None:
             self._history.enter(before.manifest.identity, State.PREVIOUS)

@@ -1,66 +1,32 @@
 """The batcher: requests that wait for the model run through it together, all with one servable.
 
-While a batch runs, new requests wait; when it ends, all that wait and fit together are the next batch. A lone request
-is never held back to wait for others. Called on the event loop only.
+Greedy: what waits when the model is free is the next batch, up to the size that is best for this model, and a lone
+request is never held back to wait for others. Called on the event loop only.
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import attrgetter
 
+import numpy as np
 import structlog
 
-from emaswap import BadVersion, Reason, Signature
+from emaswap import BadVersion, Reason
 from service.refusal import Code, Refusal
+from service.serving.failure import Failure
 from service.serving.forward import Forward, count
 from service.serving.metrics import ServingMetrics
+from service.serving.pace import Pace
+from service.serving.request import Request
 from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
 
 log = structlog.get_logger("emaswap.service")
 
-
-@dataclass(frozen=True)
-class Answer:
-    """A request's outputs, and the servable that made them."""
-
-    outputs: Rows
-    servable: Servable
-
-
-class Superseded(Exception):
-    """The version that the request was validated for is not live any more: validate it for the one that is."""
-
-    def __init__(self, *, broken: bool) -> None:
-        super().__init__("broken" if broken else "replaced")
-        self.broken = broken
-
-
-@dataclass(frozen=True, eq=False)
-class _Waiting:
-    inputs: Rows
-    signature: Signature
-    alone: bool
-    answer: "asyncio.Future[Answer]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-    @property
-    def rows(self) -> int:
-        return count(self.inputs)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(array.nbytes for array in self.inputs.values())
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of a row: only rows of one size can be stacked."""
-        return [array.shape[1:] for array in self.inputs.values()]
-
-    def fail(self, error: Exception) -> None:
-        """Raise an error for whoever awaits the answer, if anybody still does."""
-        if not self.answer.done():
-            self.answer.set_exception(error)
+_asker = attrgetter("asker")
 
 
 class Batcher:
@@ -76,50 +42,74 @@ class Batcher:
         max_waiting_bytes: int,
         forward_timeout_s: float,
         on_broken: Callable[[Servable, BadVersion], None],
+        batching: bool = True,
     ) -> None:
         """At most `max_rows` rows run at once; at most `max_waiting` requests, of so many bytes together, wait.
 
-        A live version that turns out broken, or takes longer than `forward_timeout_s`, is withdrawn from the slot, and
+        Without `batching` each request runs by itself, for models whose answers depend on the rest of the batch. A
+        live version that turns out broken, or takes longer than `forward_timeout_s`, is withdrawn from the slot, and
         `on_broken` is told.
         """
         self._slot = slot
         self._metrics = metrics
-        self._limits = _Limits(max_rows, max_waiting, max_waiting_bytes)
+        self._max_waiting = max_waiting
+        self._max_waiting_bytes = max_waiting_bytes
         self._on_broken = on_broken
+        self._batching = batching
+        self._pace = Pace(max_rows)
         self._forward = Forward(metrics, timeout_s=forward_timeout_s)
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Request] = deque()
         self._waiting_bytes = 0
         self._running: asyncio.Task[None] | None = None
         metrics.waiting.set_function(lambda: len(self._waiting))
 
-    def submit(self, inputs: Rows, signature: Signature, *, alone: bool = False) -> "asyncio.Future[Answer]":
-        """Return the future answer to inputs that fit a signature. Raises `Refusal` when the queue is full.
-
-        The future raises `Refusal` when there is no answer to these inputs, and `Superseded` when they have to be
-        validated again. If that is because a version broke under their batch, submit them `alone`: one of the batch
-        may break the next version, too.
-        """
-        waiting = _Waiting(inputs, signature, alone)
+    def submit(self, request: Request) -> None:
+        """Queue a validated request; call `begin` after the last one. Raises `Refusal` when the queue is full."""
         if self._waiting and (
-            len(self._waiting) >= self._limits.requests
-            or self._waiting_bytes + waiting.size_bytes > self._limits.size_bytes
+            len(self._waiting) >= self._max_waiting
+            or self._waiting_bytes + request.size_bytes > self._max_waiting_bytes
         ):
             raise Refusal(
                 Code.QUEUE_IS_FULL,
                 f"{len(self._waiting)} requests of {self._waiting_bytes} bytes are waiting already; try again later",
             )
-        self._waiting.append(waiting)
-        self._waiting_bytes += waiting.size_bytes
-        if self._running is None:
-            self._running = asyncio.create_task(self._run(), name="batcher")
-        return waiting.answer
+        self._waiting.append(request)
+        self._waiting_bytes += request.size_bytes
 
-    def drop(self, answer: "asyncio.Future[Answer]") -> None:
+    def drop(self, request: Request) -> None:
         """Free the place of a request whose answer nobody waits for any more."""
-        for waiting in self._waiting:
-            if waiting.answer is answer:
-                self._waiting.remove(waiting)
-                self._waiting_bytes -= waiting.size_bytes
+        request.gone = True
+        if request in self._waiting:
+            self._waiting.remove(request)
+            self._waiting_bytes -= request.size_bytes
+
+    def begin(self) -> None:
+        """Run the next batch, unless one is running. Where that is quick, the answers are out when this returns."""
+        while self._running is None and self._waiting:
+            servable = self._slot.current
+            batch = self._take(servable)
+            if servable is None or not batch:
+                continue
+            rows = sum(request.rows for request in batch)
+            self._metrics.batch_rows.observe(rows)
+            try:
+                inputs = _stack(batch)
+                ran = self._forward.here(servable, inputs) if self._pace.is_quick(rows) else None
+            except BadVersion as error:
+                self._pace.forget()
+                self._withdraw(servable, error)
+                self._tell_broken(batch, error)
+                continue
+            except Exception as error:  # a fault of ours, which must not end the batches to come
+                self._tell_failed(batch, error)
+                continue
+            if ran is None or isinstance(ran, Failure):
+                self._running = asyncio.create_task(self._aside(servable, batch, inputs, ran), name="batch")
+                return
+            self._pace.note(rows, ran.seconds)
+            self._answer(batch, ran.outputs, servable)
+            if self._waiting:  # whoever else is on the event loop has a turn between two batches
+                asyncio.get_running_loop().call_soon(self.begin)
                 return
 
     def close(self) -> None:
@@ -128,77 +118,115 @@ class Batcher:
             self._running.cancel()
         self._forward.close()
 
-    async def _run(self) -> None:
-        """Run batch after batch until nothing waits."""
+    async def _aside(self, servable: Servable, batch: list[Request], inputs: Rows, failure: Failure | None) -> None:
+        """Run a batch on a thread, or find out what is at fault for its failure here; then the next one begins."""
+        tell: Callable[[], None]
         try:
-            while self._waiting:
-                servable = self._slot.current
-                batch = self._take(servable)
-                if servable is not None and batch:
-                    await self._answer(servable, batch)
+            ran = failure or await self._forward.aside(servable, inputs, chunk=self._chunk())
+            if isinstance(ran, Failure):
+                results = await self._forward.explain(servable, [request.inputs for request in batch], ran)
+                tell = lambda: self._tell_each(batch, results, servable)  # noqa: E731
+            else:
+                self._pace.note(count(inputs), ran.seconds)
+                outputs = ran.outputs
+                tell = lambda: self._answer(batch, outputs, servable)  # noqa: E731
+        except BadVersion as error:
+            broken = error
+            self._withdraw(servable, error)
+            tell = lambda: self._tell_broken(batch, broken)  # noqa: E731
+        except Exception as error:  # a fault of ours, which must not end the batches to come
+            fault = error
+            tell = lambda: self._tell_failed(batch, fault)  # noqa: E731
         finally:
             self._running = None
+        self.begin()  # first, so that the model works while answers are written
+        tell()
+        self.begin()
 
-    async def _answer(self, servable: Servable, batch: list[_Waiting]) -> None:
-        self._metrics.batch_rows.observe(sum(waiting.rows for waiting in batch))
-        results: list[Rows | Refusal]
-        try:
-            results = await self._forward.run(servable, [waiting.inputs for waiting in batch])
-        except BadVersion as error:
-            self._slot.withdraw(servable)
-            for waiting in batch:
-                waiting.fail(_timed_out(error) if error.reason is Reason.FORWARD_TIMEOUT else Superseded(broken=True))
-            log.error("version broken", version=servable.version, reason=str(error.reason), detail=error.detail)
-            self._on_broken(servable, error)
+    def _withdraw(self, servable: Servable, error: BadVersion) -> None:
+        self._slot.withdraw(servable)
+        log.error("version broken", version=servable.version, reason=str(error.reason), detail=error.detail)
+        self._on_broken(servable, error)
+
+    def _chunk(self) -> int | None:
+        return self._pace.limit if self._batching else None
+
+    def _answer(self, batch: list[Request], outputs: Rows, servable: Servable) -> None:
+        groups = [(asker, list(requests)) for asker, requests in groupby(batch, _asker)]
+        if len(groups) == 1:
+            batch[0].asker.answered(batch, outputs, servable)
             return
-        except Exception as error:  # a fault of ours, which must not end the batches to come
-            for waiting in batch:
-                waiting.fail(error)
-            return
-        for waiting, result in zip(batch, results, strict=True):
+        first = 0
+        for asker, requests in groups:
+            end = first + sum(request.rows for request in requests)
+            asker.answered(requests, {name: output[first:end] for name, output in outputs.items()}, servable)
+            first = end
+
+    def _tell_each(self, batch: Sequence[Request], results: list[Rows | Refusal], servable: Servable) -> None:
+        for request, result in zip(batch, results, strict=True):
             if isinstance(result, Refusal):
-                waiting.fail(result)
-            elif not waiting.answer.done():
-                waiting.answer.set_result(Answer(result, servable))
-
-    def _take(self, servable: Servable | None) -> list[_Waiting]:
-        """Return the requests of the next batch, oldest first. Those that do not fit into it keep their places."""
-        batch: list[_Waiting] = []
-        left: deque[_Waiting] = deque()
-        rows = 0
-        while self._waiting:
-            waiting = self._waiting.popleft()
-            if waiting.answer.done():
-                continue
-            if servable is None or (
-                waiting.signature is not servable.signature and waiting.signature != servable.signature
-            ):
-                waiting.fail(Superseded(broken=False))
-            elif batch and not self._fits(waiting, batch[0], rows):
-                left.append(waiting)
+                request.asker.refused(request, result)
             else:
-                batch.append(waiting)
-                rows += waiting.rows
-        self._waiting = left
-        self._waiting_bytes = sum(waiting.size_bytes for waiting in left)
+                request.asker.answered([request], result, servable)
+
+    def _tell_broken(self, batch: Sequence[Request], error: BadVersion) -> None:
+        for request in batch:
+            if error.reason is Reason.FORWARD_TIMEOUT:
+                request.asker.refused(request, _timed_out(error))
+            else:
+                request.asker.superseded(request, broken=True)
+
+    def _tell_failed(self, batch: Sequence[Request], error: Exception) -> None:
+        for request in batch:
+            request.asker.failed(request, error)
+
+    def _take(self, servable: Servable | None) -> list[Request]:
+        """Return the requests of the next batch, oldest first. Those that do not fit into it keep their places.
+
+        Tells those that are too late, or were validated for another version.
+        """
+        batch: list[Request] = []
+        left: list[Request] = []
+        stale: list[Request] = []
+        late: list[Request] = []
+        rows, limit = 0, self._pace.limit
+        waiting = self._waiting
+        while waiting and rows < limit:
+            request = waiting.popleft()
+            self._waiting_bytes -= request.size_bytes
+            if servable is None or (
+                request.signature is not servable.signature and request.signature != servable.signature
+            ):
+                stale.append(request)
+            elif request.deadline is not None and time.perf_counter() > request.deadline:
+                late.append(request)
+            elif batch and not (self._batching and _fits(request, batch[0], limit - rows)):
+                left.append(request)
+            else:
+                batch.append(request)
+                rows += request.rows
+        waiting.extendleft(reversed(left))
+        self._waiting_bytes += sum(request.size_bytes for request in left)
+        for request in late:
+            request.asker.refused(
+                request,
+                Refusal(Code.DEADLINE_EXCEEDED, "the time that the request gave had passed before its turn came"),
+            )
+        for request in stale:
+            request.asker.superseded(request, broken=False)
         return batch
 
-    def _fits(self, waiting: _Waiting, first: _Waiting, rows: int) -> bool:
-        """Return whether a request can run in the batch of another that has so many rows already."""
-        return (
-            not (waiting.alone or first.alone)
-            and rows + waiting.rows <= self._limits.rows
-            and waiting.shapes == first.shapes
-        )
+
+def _fits(request: Request, first: Request, room: int) -> bool:
+    """Return whether a request can run in the batch of another that has room for so many rows."""
+    return not (request.alone or first.alone) and request.rows <= room and request.shapes == first.shapes
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """Rows of a batch; requests that may wait, and their bytes."""
-
-    rows: int
-    requests: int
-    size_bytes: int
+def _stack(batch: list[Request]) -> Rows:
+    """Return the inputs of all requests as one batch."""
+    if len(batch) == 1:
+        return batch[0].inputs
+    return {name: np.concatenate([request.inputs[name] for request in batch]) for name in batch[0].inputs}
 
 
 def _timed_out(error: BadVersion) -> Refusal:

@@ -6,7 +6,10 @@ the version is broken. So a bad request costs each of its neighbours one further
 """
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +21,8 @@ from service.refusal import Code, Refusal, shorten
 from service.serving.failure import Cause, Failure
 from service.serving.metrics import ServingMetrics
 from service.serving.runner import Runner
-from service.serving.servable import Rows, Servable
+from service.serving.servable import Busy, Rows, Servable
+from service.serving.watchdog import Interrupted, Watchdog
 
 log = structlog.get_logger("emaswap.service")
 
@@ -28,34 +32,64 @@ Result = TypeVar("Result")
 _LAST_BATCH_S = 1.0
 
 
+@dataclass(frozen=True)
+class Ran:
+    """The outputs of a batch, and how long it took."""
+
+    outputs: Rows
+    seconds: float
+
+
 class Forward:
-    """Runs forward passes on a thread of its own, which it leaves behind when one hangs."""
+    """Runs forward passes: short ones where it is called, others on a thread that is left behind when one hangs."""
 
     def __init__(self, metrics: ServingMetrics, *, timeout_s: float) -> None:
         """One forward pass may take `timeout_s` seconds."""
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._runner = Runner("emaswap-forward")
+        self._watchdog: Watchdog | None = None
         self._seldom = {cause: Seldom() for cause in Cause}
 
-    async def run(self, servable: Servable, requests: list[Rows]) -> list[Rows | Refusal]:
-        """Return outputs or a refusal for each request; their rows can be stacked.
+    def here(self, servable: Servable, inputs: Rows) -> Ran | Failure | None:
+        """Run a batch on this thread, which is the event loop's. Raises `BadVersion` when the version hangs.
+
+        Returns `None` where that cannot be: the module is at work elsewhere, or nobody could interrupt it here.
+        """
+        if self._watchdog is None:
+            if threading.current_thread() is not threading.main_thread():
+                return None
+            self._watchdog = Watchdog(self._timeout_s)
+        try:
+            return self._watchdog.guard(lambda: _run(servable, inputs, wait=False))
+        except Interrupted:
+            raise self._timed_out(servable) from None
+
+    async def aside(self, servable: Servable, inputs: Rows, *, chunk: int | None = None) -> Ran | Failure:
+        """Run a batch on the thread, at most `chunk` rows at once. Raises `BadVersion` when the version hangs."""
+        ran = await self._within_time(servable, lambda: _run(servable, inputs, chunk=chunk))
+        assert ran is not None
+        return ran
+
+    async def explain(self, servable: Servable, requests: list[Rows], failure: Failure) -> list[Rows | Refusal]:
+        """Return outputs or a refusal for each request of a batch that failed.
 
         Raises `BadVersion` when the version is broken, or hangs.
         """
-        outputs = await self._attempt(servable, requests)
-        if not isinstance(outputs, Failure):
-            return list(outputs)
         if len(requests) == 1:
-            return await self._blame(servable, requests, [outputs])
-        if not outputs.memory:
-            await self._prove(servable, outputs)  # what is broken would fail with each of them
-        alone = [await self._attempt(servable, [request]) for request in requests]
-        return await self._blame(servable, requests, [one if isinstance(one, Failure) else one[0] for one in alone])
+            return await self._blame(servable, requests, [failure])
+        if not failure.memory:
+            await self._prove(servable, failure)  # what is broken would fail with each of them
+        alone = [await self.aside(servable, request) for request in requests]
+        return await self._blame(
+            servable, requests, [one if isinstance(one, Failure) else one.outputs for one in alone]
+        )
 
     def close(self) -> None:
         """End the thread. A forward pass that does not end soon is left behind."""
         self._runner.end(wait_s=_LAST_BATCH_S)
+        if self._watchdog:
+            self._watchdog.close()
 
     async def _blame(
         self, servable: Servable, requests: list[Rows], results: list[Rows | Failure]
@@ -96,7 +130,7 @@ class Forward:
         first, end, seen = 0, count(request), True
         while end - first > 1 or not seen:
             middle = max(first + 1, (first + end) // 2)
-            result = await self._attempt(servable, [{name: rows[first:middle] for name, rows in request.items()}])
+            result = await self.aside(servable, {name: rows[first:middle] for name, rows in request.items()})
             if isinstance(result, Failure):
                 if result.memory:
                     return None
@@ -107,9 +141,6 @@ class Forward:
                 first, seen = middle, False
         return first
 
-    async def _attempt(self, servable: Servable, requests: list[Rows]) -> list[Rows] | Failure:
-        return await self._within_time(servable, lambda: _outputs(servable, requests))
-
     async def _within_time(self, servable: Servable, job: Callable[[], Result]) -> Result:
         """Return what a job on the thread returns. Raises `BadVersion` when it takes too long."""
         try:
@@ -118,9 +149,12 @@ class Forward:
         except TimeoutError:
             self._runner.end()
             self._runner = Runner("emaswap-forward")
-            failure = Failure(f"a forward pass did not end within {self._timeout_s:g} s", "", memory=False)
-            self._note(Cause.TIMEOUT, servable, failure)
-            raise BadVersion(Reason.FORWARD_TIMEOUT, failure.text) from None
+            raise self._timed_out(servable) from None
+
+    def _timed_out(self, servable: Servable) -> BadVersion:
+        failure = Failure(f"a forward pass did not end within {self._timeout_s:g} s", "", memory=False)
+        self._note(Cause.TIMEOUT, servable, failure)
+        return BadVersion(Reason.FORWARD_TIMEOUT, failure.text)
 
     def _note(self, cause: Cause, servable: Servable, failure: Failure) -> None:
         self._metrics.forward_failures.labels(cause=cause).inc()
@@ -140,16 +174,29 @@ def count(rows: Rows) -> int:
     return len(next(iter(rows.values())))
 
 
-def _outputs(servable: Servable, requests: list[Rows]) -> list[Rows] | Failure:
-    """Return the outputs of each request, or why there are none. Never raises."""
+def _run(servable: Servable, inputs: Rows, *, chunk: int | None = None, wait: bool = True) -> Ran | Failure | None:
+    """Return the outputs of a batch, or why there are none. Never raises.
+
+    `None` means that another thread runs the module just now, which this one does not `wait` for.
+    """
+    began = time.perf_counter()
     try:
-        inputs = {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
-        outputs = servable.run(inputs)
-        ends = np.cumsum([count(request) for request in requests])[:-1]
-        parts = {name: np.split(output, ends) for name, output in outputs.items()}
-        return [{name: parts[name][index] for name in outputs} for index in range(len(requests))]
+        rows = count(inputs)
+        if chunk is None or rows <= chunk:
+            outputs = servable.run(inputs, wait=wait)
+        else:
+            parts = [
+                servable.run({name: value[first : first + chunk] for name, value in inputs.items()})
+                for first in range(0, rows, chunk)
+            ]
+            outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    except Busy:
+        return None
+    except Interrupted:
+        raise
     except BaseException as error:  # forward is somebody else's code and may raise anything
         return Failure.of(error)
+    return Ran(outputs, time.perf_counter() - began)
 
 
 def _verdict(servable: Servable) -> BadVersion | Failure | None:

@@ -20,6 +20,10 @@ Rows = dict[str, NDArray[np.generic]]
 """A batch by input or output name, rows first."""
 
 
+class Busy(Exception):
+    """Another thread runs the module just now."""
+
+
 @dataclass(frozen=True, eq=False)
 class Servable:
     """A module with verified weights, its probe, and the manifest that tells whose they are.
@@ -60,15 +64,23 @@ class Servable:
     def _bound(self) -> Bound:
         return self.signature.bind(self.module)
 
-    def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> Rows:
-        """Return the outputs for a batch, by name. Raises whatever the module raises."""
-        with self._turn, torch.inference_mode():
-            batch = {
-                field.name: torch.from_numpy(inputs[field.name]).to(self.device, field.torch_dtype)
-                for field in self.signature.inputs
-            }
-            outputs = self._bound(batch)
-            return {name: _to_numpy(name, output) for name, output in outputs.items()}
+    def run(self, inputs: Mapping[str, NDArray[np.generic]], *, wait: bool = True) -> Rows:
+        """Return the outputs for a batch, by name. Raises whatever the module raises.
+
+        Without `wait`, raises `Busy` when another thread runs the module.
+        """
+        if not self._turn.acquire(blocking=wait):
+            raise Busy
+        try:
+            with torch.inference_mode():
+                batch = {
+                    field.name: torch.from_numpy(inputs[field.name]).to(self.device, field.torch_dtype)
+                    for field in self.signature.inputs
+                }
+                outputs = self._bound(batch)
+                return {name: _to_numpy(name, output) for name, output in outputs.items()}
+        finally:
+            self._turn.release()
 
     def prove(self) -> None:
         """Replay the version's own probe once more. Raises `BadVersion` when it does not answer as it was recorded."""

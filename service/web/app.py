@@ -17,6 +17,7 @@ from service.parts import Service
 from service.settings import ServiceSettings
 from service.web import refused
 from service.web.admin import Admin, read_token
+from service.web.endpoint import Endpoint
 from service.web.predict import Predict
 from service.web.schemas import (
     Health,
@@ -54,6 +55,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         async with service.running():
             yield
         admin.close()
+        predict.close()
 
     app = FastAPI(
         title="emaswap",
@@ -61,15 +63,29 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         description="The EMA weights of a running training job. Every answer names the version that made it.",
         lifespan=lifespan,
         responses=_PROBLEMS,
+        redirect_slashes=False,
     )
+    app.add_middleware(_HeadAsGet)
     app.state.service = service
     app.state.predict = predict
-    app.router.routes.append(_predict_route(predict))
+    app.router.routes.append(_predict_route(Endpoint(predict)))
     app.include_router(_model_routes(service))
     app.include_router(_admin_routes(admin))
     app.include_router(_probe_routes(service))
     refused.install(app)
     return app
+
+
+class _HeadAsGet:
+    """Answers HEAD as GET would be answered; the server leaves out the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 def _predict_route(endpoint: ASGIApp) -> APIRoute:

@@ -12,12 +12,11 @@ class ClientGone(Exception):
     """The client closed the connection before it had its answer."""
 
 
-async def read(receive: Receive, length: bytes, *, max_bytes: int, timeout_s: float) -> bytes:
+async def read(receive: Receive, *, max_bytes: int, timeout_s: float) -> bytes:
     """Return the whole body.
 
     Args:
         receive: the connection's ASGI callable.
-        length: the `Content-Length` header, empty without one.
         max_bytes: the most that is read.
         timeout_s: the longest that the client may take.
 
@@ -25,8 +24,6 @@ async def read(receive: Receive, length: bytes, *, max_bytes: int, timeout_s: fl
         Refusal: the body is too large or too slow.
         ClientGone: the connection was closed before the end of the body.
     """
-    if length.isdigit() and int(length) > max_bytes:
-        raise Refusal(Code.BODY_TOO_LARGE, f"expected at most {max_bytes} bytes, got {int(length)}")
     parts: list[bytes] = []
     size, more = 0, True
     try:

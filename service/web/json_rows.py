@@ -1,6 +1,8 @@
 """Rows as JSON: from a request to arrays that fit the signature, and from outputs to an answer."""
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -9,14 +11,53 @@ from numpy.typing import NDArray
 
 from emaswap import Signature, TensorField
 from service.refusal import Code, Refusal
-from service.serving.batcher import Answer
-from service.serving.servable import Rows
+from service.serving.servable import Rows, Servable
 
 # numpy has no bfloat16: such an input is parsed as float32 and narrowed by torch.
+_TOGETHER = ("float32", "float64")
 _NUMPY_DTYPES = {"bfloat16": np.dtype("float32")}
+
+LARGE_BYTES = 64 << 10
+"""A body of more bytes is checked for what it is made of before it is parsed, and off the event loop."""
+
+# In the place of a size that may vary.
+_MANY = 4096
+# Fewer texts are looked at, so that the refusal can name the row of the first one.
+_MOST_QUOTES = 1 << 20
 
 # What torch rounds to infinity: half a step above the largest bfloat16.
 _BFLOAT16_END = float.fromhex("0x1.FFp127")
+
+
+def parse_together(bodies: list[bytes], signature: Signature, max_rows: int) -> list[tuple[Rows, int]] | None:
+    """Return the inputs that each of many small bodies holds, and how many rows, if all of them fit.
+
+    Checks once what `parse` would check for each. `None` when one does not fit, or for inputs that are not one vector
+    of floats: then each has to be parsed by itself, also to learn what is wrong.
+    """
+    field = signature.inputs[0]
+    if len(signature.inputs) > 1 or field.dtype not in _TOGETHER or len(field.shape) != 1:
+        return None
+    rows: list[Any] = []
+    ends = [0]
+    try:
+        for body in bodies:
+            # Only the key "inputs" has quotes. Its letters are not those of true, false and null, which numpy takes.
+            if body.count(b'"') != 2 or b"r" in body or b"l" in body:
+                return None
+            inputs = orjson.loads(body)["inputs"]
+            if type(inputs) is not list or not 0 < len(inputs) <= max_rows:
+                return None
+            rows += inputs
+            ends.append(len(rows))
+        with np.errstate(over="ignore"):
+            stacked = np.array(rows, dtype=field.dtype)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
+    if stacked.ndim != 2 or not field.accepts(stacked.shape[1:]) or not np.isfinite(stacked).all():
+        return None
+    name = field.name
+    return [({name: stacked[first:end]}, end - first) for first, end in pairwise(ends)]
 
 
 def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
@@ -24,6 +65,8 @@ def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
 
     Raises `Refusal`, which names the first row that does not fit, what was expected of it and what came.
     """
+    if len(body) > LARGE_BYTES:
+        _refuse_structure(body, signature, max_rows)
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -54,22 +97,92 @@ def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
     return {field.name: _array(inputs[field.name], field, suspicious=suspicious) for field in fields}
 
 
-def encode(answer: Answer) -> bytes:
-    """Return the body of an answer: outputs, predictions where there are labels, and the version that made them.
+def _refuse_structure(body: bytes, signature: Signature, max_rows: int) -> None:
+    """Raise `Refusal` for a large body of more lists, objects or texts than any request can have.
 
-    Raises `Refusal` when there are not as many outputs as labels.
+    They would take twenty times its bytes as objects, and the interpreter's lock for a second while they are made and
+    collected. Counting takes microseconds.
     """
-    servable, outputs = answer.servable, answer.outputs
-    body: dict[str, Any] = {"outputs": outputs if len(outputs) > 1 else next(iter(outputs.values()))}
-    if servable.signature.labels is not None:
-        body["predictions"] = _predictions(next(iter(outputs.values())), servable.signature.labels)
-    body["model"] = {
-        "name": servable.manifest.model,
-        "version": servable.version,
-        "step": servable.manifest.training.step,
-        "digest": servable.digest,
-    }
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    lists, numbers = len(signature.inputs), 0
+    for field in signature.inputs:
+        values = max_rows
+        for size in field.shape:
+            lists += values
+            values *= _MANY if size is None else size
+        numbers += values
+    one_a_row = all(not field.shape for field in signature.inputs)
+    for sign, most, what, code in (
+        (b"{", 2, "objects", Code.WRONG_SHAPE),
+        (b"[", lists, "lists", Code.WRONG_SHAPE),
+        (b'"', _MOST_QUOTES, "quotes", Code.WRONG_DTYPE),
+        (b",", numbers + _MANY, "values", Code.TOO_MANY_ROWS if one_a_row else Code.WRONG_SHAPE),
+    ):
+        if (count := body.count(sign)) > most:
+            raise Refusal(code, f"expected at most {max_rows} rows, each {_fields(signature)}, got {count} {what}")
+
+
+def _fields(signature: Signature) -> str:
+    return " and ".join(str(field) for field in signature.inputs)
+
+
+class Envelope:
+    """What all answers of one version have in common; it puts outputs into bodies."""
+
+    def __init__(self, servable: Servable, identity: Mapping[str, str]) -> None:
+        """`identity` are the headers that name the version."""
+        # Not the servable itself: what is not live any more is freed when its last request has ended.
+        self._servable = weakref.ref(servable)
+        self._labels = servable.signature.labels
+        self.lines = b"content-type: application/json\r\n" + b"".join(
+            f"{name.lower()}: {value}\r\n".encode() for name, value in identity.items()
+        )
+        model = {
+            "name": servable.manifest.model,
+            "version": servable.version,
+            "step": servable.manifest.training.step,
+            "digest": servable.digest,
+        }
+        self._end = b',"model":' + orjson.dumps(model) + b"}"
+        # Where there is one output of numbers, one a row or several, a row is what stands between brackets.
+        self._is_flat = len(servable.signature.outputs) == 1 and len(servable.signature.outputs[0].shape) == 1
+
+    def is_for(self, servable: Servable) -> bool:
+        """Return whether this is the envelope of a version."""
+        return self._servable() is servable
+
+    def bodies(self, outputs: Rows, sizes: Sequence[int]) -> list[bytes]:
+        """Return the body of each request's answer: outputs, predictions where there are labels, and who made them.
+
+        Args:
+            outputs: the outputs of all requests, stacked.
+            sizes: how many rows each request has.
+
+        Raises:
+            Refusal: there are not as many outputs as labels.
+        """
+        if self._is_flat and self._labels is None:
+            (output,) = outputs.values()
+            rows = _dumps(output)[2:-2].split(b"],[")
+            end = self._end
+            if len(rows) == len(sizes):
+                return [b'{"outputs":[[%b]]%b' % (row, end) for row in rows]
+            parts = iter(rows)
+            return [b'{"outputs":[[%b]]%b' % (b"],[".join(islice(parts, size)), end) for size in sizes]
+        first, bodies = 0, []
+        for size in sizes:
+            bodies.append(self._body({name: output[first : first + size] for name, output in outputs.items()}))
+            first += size
+        return bodies
+
+    def _body(self, outputs: Rows) -> bytes:
+        body: dict[str, Any] = {"outputs": outputs if len(outputs) > 1 else next(iter(outputs.values()))}
+        if self._labels is not None:
+            body["predictions"] = _predictions(next(iter(outputs.values())), self._labels)
+        return _dumps(body)[:-1] + self._end
+
+
+def _dumps(value: Any) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _predictions(logits: NDArray[Any], labels: tuple[str, ...]) -> list[dict[str, object]]:
@@ -114,6 +227,8 @@ def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None
     if dtype.kind == "f":
         if array.dtype.kind == "b":
             return None
+        # By way of float64, as `parse_together` does it: a value must not depend on its company.
+        array = array.astype(np.float64)
         with np.errstate(over="ignore"):
             cast = array.astype(dtype)
         finite = np.isfinite(cast)

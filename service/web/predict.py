@@ -1,43 +1,62 @@
-"""POST /predict, the hot path: an ASGI endpoint of its own, which FastAPI routes to and documents.
+"""Predictions: from the bodies of requests to the bodies of answers, by way of the batcher.
 
-Going through FastAPI's parameters and response models would cost more than everything else on a small model.
+What arrives in one turn of the event loop is parsed, run, encoded and answered together. How the bytes come in and go
+out is not known here: that is the connection's, which makes an `Exchange` of each request.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
 
 import structlog
-from starlette.types import Receive, Scope, Send
 
-from emaswap import Signature
 from service.control.standing import Standing
 from service.logs import Seldom
 from service.refusal import Code, Refusal
-from service.serving.batcher import Answer, Batcher, Superseded
+from service.serving.batcher import Batcher
 from service.serving.metrics import ServingMetrics
+from service.serving.request import Asker, Request
 from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
 from service.web import refused
-from service.web.body import ClientGone, closed, read
-from service.web.json_rows import encode, parse
+from service.web.head import Head
+from service.web.json_rows import LARGE_BYTES, Envelope, parse, parse_together
 
 log = structlog.get_logger("emaswap.service")
 
 Result = TypeVar("Result")
 
-# What is larger is parsed and encoded on a thread.
-_INLINE_BYTES = 64 << 10
-# Only clients that wait longer are watched for leaving: most have their answer by then.
-_PATIENCE_S = 0.02
 # Versions that may be replaced under one request before it is told to come again.
 _ATTEMPTS = 3
 
 
-class Predict:
-    """The endpoint. Every answer is made by one servable, and names it."""
+class Exchange(Request):
+    """One request of a client's, and the way back to it."""
+
+    __slots__ = ("attempts", "began", "body", "head")
+
+    def __init__(self, predict: "Predict", head: Head, body: bytes, began: float) -> None:
+        super().__init__(predict, None if head.timeout_s is None else began + head.timeout_s)
+        self.head = head
+        self.body = body
+        self.began = began
+        self.attempts = 1
+
+    @abstractmethod
+    def reply(self, status: int, lines: bytes, body: bytes) -> None:
+        """Send the answer: its status, its headers besides the length as lines that end with CRLF, and its body."""
+
+    @abstractmethod
+    def fail(self, error: Exception, /) -> None:
+        """Send the answer to a request that met a fault of ours."""
+
+
+class Predict(Asker):
+    """Answers requests for predictions. Every answer is made by one servable, and names it."""
 
     def __init__(
         self,
@@ -50,124 +69,190 @@ class Predict:
         draining: Callable[[], bool],
     ) -> None:
         """`standing` says how things stand; `draining` whether connections should go elsewhere."""
-        self.slot = slot
-        self.batcher = batcher
-        self.metrics = metrics
         self.settings = settings
-        self.standing = standing
         self.draining = draining
+        self.batcher = batcher
+        self._slot = slot
+        self._metrics = metrics
+        self._standing = standing
+        self._arrived: list[Exchange] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._envelope: Envelope | None = None
         self._seldom = Seldom()
+        # One thread: what is parsed at once, and so the memory for it, is one body.
+        self._thread = ThreadPoolExecutor(1, "emaswap-parse")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.perf_counter()
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        try:
-            answer = await self._answer(headers, receive)
-            size = sum(output.nbytes for output in answer.outputs.values())
-            status, body = 200, await _aside(size, lambda: encode(answer))
-            named = refused.identity(answer.servable)
-        except ClientGone:
+    def close(self) -> None:
+        """End the thread. What still waits for it is not answered."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def arrive(self, exchange: Exchange) -> None:
+        """Take a request whose body is whole. It is answered later than in this call."""
+        if not self._arrived:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._arrived.append(exchange)
+
+    def refuse(self, exchange: Exchange, refusal: Refusal) -> None:
+        """Answer a request with a refusal."""
+        self._send(exchange, refused.STATUS[refusal.code], refused.lines(refusal), refused.body(refusal))
+
+    # -- the batcher's word ------------------------------------------------------------------------------------------
+
+    def answered(self, requests: Sequence[Request], outputs: Rows, servable: Servable) -> None:
+        """Encode the outputs, and send each request its own."""
+        exchanges = cast("Sequence[Exchange]", requests)
+        if sum(output.nbytes for output in outputs.values()) > LARGE_BYTES:
+            self._spawn(self._encode_aside(exchanges, outputs, servable))
             return
-        except (Refusal, MemoryError) as error:
-            refusal = error if isinstance(error, Refusal) else self._short_of_memory()
-            status, body = refused.STATUS[refusal.code], refused.body(refusal)
-            named = refused.headers(refusal)
-        except Exception:
-            # A fault of ours, which the server answers with 500. The alert on errors must see it.
-            self.metrics.answered(500, time.perf_counter() - began)
-            raise
-        # A body that was not read to its end would be taken for the next request.
-        if self.draining() or status in (408, 413):
-            named["Connection"] = "close"
-        start = {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                *((name.lower().encode(), value.encode()) for name, value in named.items()),
-            ],
-        }
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
-        self.metrics.answered(status, time.perf_counter() - began)
-
-    async def _answer(self, headers: dict[bytes, bytes], receive: Receive) -> Answer:
-        wanted = _min_version(headers)
-        kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-        if kind != b"application/json" or headers.get(b"content-encoding", b"identity") != b"identity":
-            came = b" ".join(headers[name] for name in (b"content-type", b"content-encoding") if name in headers)
-            raise Refusal(
-                Code.UNSUPPORTED_MEDIA_TYPE, f"expected plain application/json, got {came.decode('latin-1')!r}"
-            )
-        body = await read(
-            receive,
-            headers.get(b"content-length", b""),
-            max_bytes=self.settings.max_body_bytes,
-            timeout_s=self.settings.body_timeout_s,
-        )
-        alone = False
-        for _ in range(_ATTEMPTS):
-            servable = self._live(wanted)
-            inputs = await self._parse(body, servable.signature)
-            try:
-                answer = await self._wait(self.batcher.submit(inputs, servable.signature, alone=alone), receive)
-            except Superseded as error:
-                alone = alone or error.broken
-                continue
-            if wanted and answer.servable.version < wanted:  # rolled back while the request waited
-                raise refused.TooOld(answer.servable, wanted, self.standing().pin)
-            return answer
-        raise Refusal(
-            Code.VERSION_CHANGED, f"the live version was replaced {_ATTEMPTS} times while this request waited"
-        )
-
-    async def _wait(self, answer: "asyncio.Future[Answer]", receive: Receive) -> Answer:
-        """Wait for the answer for as long as the client does. Raises `ClientGone` when it has closed the connection."""
-        watch: asyncio.Task[None] | None = None
-
-        def begin() -> None:
-            nonlocal watch
-            watch = asyncio.create_task(closed(receive), name="closed")
-            watch.add_done_callback(leave)
-
-        def leave(_: asyncio.Task[None]) -> None:
-            if not answer.done():
-                answer.set_exception(ClientGone())
-                self.batcher.drop(answer)
-
-        timer = asyncio.get_running_loop().call_later(_PATIENCE_S, begin)
+        envelope = self._envelope_of(servable)
         try:
-            return await answer
-        finally:
-            timer.cancel()
-            if watch is not None:
-                watch.cancel()
+            bodies = envelope.bodies(outputs, [exchange.rows for exchange in exchanges])
+        except Refusal as refusal:
+            for exchange in exchanges:
+                self.refuse(exchange, refusal)
+            return
+        self._answer(exchanges, bodies, envelope.lines, servable)
 
-    def _live(self, wanted: int) -> Servable:
-        servable = self.slot.current
+    def refused(self, request: Request, refusal: Refusal) -> None:
+        """Send the refusal."""
+        self.refuse(cast("Exchange", request), refusal)
+
+    def superseded(self, request: Request, *, broken: bool) -> None:
+        """Validate the request anew, for the version that is live by now."""
+        exchange = cast("Exchange", request)
+        exchange.alone = exchange.alone or broken
+        exchange.attempts += 1
+        if exchange.attempts > _ATTEMPTS:
+            detail = f"the live version was replaced {_ATTEMPTS} times while this request waited"
+            self.refuse(exchange, Refusal(Code.VERSION_CHANGED, detail))
+        else:
+            self.arrive(exchange)
+
+    def failed(self, request: Request, error: Exception) -> None:
+        """Answer 500, where the alert on errors sees it."""
+        exchange = cast("Exchange", request)
+        log.error("answering failed", error=f"{type(error).__name__}: {error}")
+        self._metrics.answered(500, time.perf_counter() - exchange.began)
+        exchange.fail(error)
+
+    # -- a turn ------------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Parse what has arrived, and let the batcher begin."""
+        arrived, self._arrived = self._arrived, []
+        servable = self._slot.current
+        ready: list[Exchange] = []
+        for exchange in arrived:
+            if exchange.gone:
+                continue
+            if (refusal := exchange.head.refusal or self._not_by(servable, exchange.head)) is not None:
+                self.refuse(exchange, refusal)
+            elif len(exchange.body) > LARGE_BYTES:
+                assert servable is not None
+                self._spawn(self._parse_aside(exchange, servable))
+            else:
+                ready.append(exchange)
+        if servable is not None and ready:
+            self._parse(ready, servable)
+        self.batcher.begin()
+
+    def _parse(self, exchanges: list[Exchange], servable: Servable) -> None:
+        """Parse small bodies, together where they are all right, and submit what fits."""
+        signature, max_rows = servable.signature, self.settings.max_batch_rows
+        try:
+            together = parse_together([exchange.body for exchange in exchanges], signature, max_rows)
+        except MemoryError:
+            together = None
+        if together is not None:
+            for exchange, (inputs, rows) in zip(exchanges, together, strict=True):
+                exchange.validated(inputs, rows, signature)
+                self._submit(exchange)
+            return
+        for exchange in exchanges:
+            try:
+                inputs = parse(exchange.body, signature, max_rows)
+            except (Refusal, MemoryError) as error:
+                self.refuse(exchange, error if isinstance(error, Refusal) else self._short_of_memory())
+            except Exception as error:
+                self.failed(exchange, error)
+            else:
+                exchange.validated(inputs, len(next(iter(inputs.values()))), signature)
+                self._submit(exchange)
+
+    async def _parse_aside(self, exchange: Exchange, servable: Servable) -> None:
+        """Parse a large body on a thread."""
+        signature, max_rows = servable.signature, self.settings.max_batch_rows
+        try:
+            inputs = await self._on_thread(lambda: parse(exchange.body, signature, max_rows))
+        except (Refusal, MemoryError) as error:
+            self.refuse(exchange, error if isinstance(error, Refusal) else self._short_of_memory())
+        except Exception as error:
+            self.failed(exchange, error)
+        else:
+            exchange.validated(inputs, len(next(iter(inputs.values()))), signature)
+            self._submit(exchange)
+            self.batcher.begin()
+
+    async def _encode_aside(self, exchanges: Sequence[Exchange], outputs: Rows, servable: Servable) -> None:
+        """Encode large outputs on a thread."""
+        envelope = self._envelope_of(servable)
+        sizes = [exchange.rows for exchange in exchanges]
+        try:
+            bodies = await self._on_thread(lambda: envelope.bodies(outputs, sizes))
+        except (Refusal, MemoryError) as error:
+            for exchange in exchanges:
+                self.refuse(exchange, error if isinstance(error, Refusal) else self._short_of_memory())
+        except Exception as error:
+            for exchange in exchanges:
+                self.failed(exchange, error)
+        else:
+            self._answer(exchanges, bodies, envelope.lines, servable)
+
+    def _submit(self, exchange: Exchange) -> None:
+        if exchange.gone:
+            return
+        try:
+            self.batcher.submit(exchange)
+        except Refusal as refusal:
+            self.refuse(exchange, refusal)
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _answer(self, exchanges: Sequence[Exchange], bodies: Sequence[bytes], lines: bytes, servable: Servable) -> None:
+        for exchange, body in zip(exchanges, bodies, strict=True):
+            if exchange.head.min_version > servable.version:  # rolled back while the request waited
+                self.refuse(exchange, self._too_old(servable, exchange.head))
+            else:
+                self._send(exchange, 200, lines, body)
+
+    def _send(self, exchange: Exchange, status: int, lines: bytes, body: bytes) -> None:
+        self._metrics.answered(status, time.perf_counter() - exchange.began)
+        if not exchange.gone:
+            exchange.reply(status, lines, body)
+
+    def _envelope_of(self, servable: Servable) -> Envelope:
+        if self._envelope is None or not self._envelope.is_for(servable):
+            self._envelope = Envelope(servable, refused.identity(servable))
+        return self._envelope
+
+    def _not_by(self, servable: Servable | None, head: Head) -> Refusal | None:
+        """Return why what is live cannot answer such a request, `None` where it can."""
         if servable is None:
-            raise refused.no_live_version(self.standing().status)
-        if servable.version < wanted:
-            raise refused.TooOld(servable, wanted, self.standing().pin)
-        return servable
+            return refused.no_live_version(self._standing().status)
+        return self._too_old(servable, head) if servable.version < head.min_version else None
 
-    async def _parse(self, body: bytes, signature: Signature) -> Rows:
-        return await _aside(len(body), lambda: parse(body, signature, self.settings.max_batch_rows))
+    def _too_old(self, servable: Servable, head: Head) -> Refusal:
+        return refused.TooOld(servable, head.min_version, self._standing().pin)
 
     def _short_of_memory(self) -> Refusal:
         if (skipped := self._seldom.skipped()) is not None:
             log.warning("memory ran out outside of the model", lines_left_out=skipped)
         return Refusal(Code.OUT_OF_MEMORY, "memory ran out; try again later, or send fewer rows")
 
+    async def _on_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-async def _aside(size_bytes: int, work: Callable[[], Result]) -> Result:
-    """Do work of a size here where it is small, else on a thread, where it does not hold up everybody else."""
-    return work() if size_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
-
-
-def _min_version(headers: dict[bytes, bytes]) -> int:
-    text = headers.get(b"x-min-model-version", b"0")
-    if not text.isdigit() or len(text) > 15:
-        raise Refusal(Code.INVALID_HEADER, f"X-Min-Model-Version: expected a version number, got {text[:40]!r}")
-    return int(text)
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,5 +1,7 @@
 """What a refusal is over HTTP: its status, its headers and its JSON. The one place that knows."""
 
+from collections.abc import Mapping
+
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,6 +13,7 @@ from service.refusal import Code, Refusal
 from service.serving.servable import Servable
 
 STATUS = {
+    Code.INVALID_HTTP: 400,
     Code.INVALID_HEADER: 400,
     Code.INVALID_JSON: 400,
     Code.UNAUTHORIZED: 401,
@@ -18,6 +21,7 @@ STATUS = {
     Code.NOT_FOUND: 404,
     Code.UNKNOWN_VERSION: 404,
     Code.METHOD_NOT_ALLOWED: 405,
+    Code.HEAD_TIMEOUT: 408,
     Code.BODY_TIMEOUT: 408,
     Code.STORE_IS_READ_ONLY: 409,
     Code.VERSION_WAS_REJECTED: 409,
@@ -32,12 +36,18 @@ STATUS = {
     Code.NOT_FINITE: 422,
     Code.MODEL_REFUSED: 422,
     Code.QUEUE_IS_FULL: 429,
+    Code.HEAD_TOO_LARGE: 431,
+    Code.INTERNAL_ERROR: 500,
+    Code.DEADLINE_EXCEEDED: 504,
     Code.FORWARD_TIMEOUT: 503,
     Code.NO_LIVE_VERSION: 503,
     Code.OUT_OF_MEMORY: 503,
     Code.STORE_UNREACHABLE: 503,
     Code.VERSION_CHANGED: 503,
 }
+
+PLAIN = b"content-type: application/json\r\n"
+"""The headers of an answer in JSON that has no others, as lines of HTTP."""
 
 _RETRY_AFTER_S = "1"
 
@@ -80,6 +90,16 @@ def headers(refusal: Refusal) -> dict[str, str]:
     if status in (429, 503):
         return {"Retry-After": _RETRY_AFTER_S}
     return {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+
+
+def lines(refusal: Refusal) -> bytes:
+    """Return all headers of a refusal but its length, as lines of HTTP."""
+    return as_lines({"Content-Type": "application/json", **headers(refusal)})
+
+
+def as_lines(named: Mapping[str, str]) -> bytes:
+    """Return headers as lines of HTTP."""
+    return "".join(f"{name.lower()}: {value}\r\n" for name, value in named.items()).encode("latin-1")
 
 
 def body(refusal: Refusal) -> bytes:

@@ -22,6 +22,7 @@ from torch import nn
 from emaswap import Architecture, DirectoryStore, Manifest, Publisher, Signature, TensorField
 from emaswap.versions.signature import DType, Inputs
 from service.serving.servable import Rows
+from service.web.endpoint import Endpoint
 from tests.models import EveryDtype, Linear, Same
 from tests.serving import Served, serve, wait_for
 from tests.slow_models import TRUST, Gated, GatedTokens, Logarithm, gate
@@ -710,7 +711,7 @@ def test_a_fault_of_ours_is_counted(linear: Served) -> None:
         raise AssertionError("nothing is to be answered from here")
 
     with pytest.raises(RuntimeError, match="own fault"):
-        asyncio.run(linear.app.state.predict({"type": "http", "headers": []}, receive, send))
+        asyncio.run(Endpoint(linear.app.state.predict)({"type": "http", "headers": []}, receive, send))
     assert linear.metric('emaswap_requests_total{status="500"}') == 1
 
 
@@ -721,6 +722,7 @@ def test_memory_that_runs_out_while_parsing_is_our_fault(linear: Served, monkeyp
         raise MemoryError
 
     with monkeypatch.context() as patch:
+        patch.setattr("service.web.predict.parse_together", parse)
         patch.setattr("service.web.predict.parse", parse)
         answer = linear.predict(GOOD)
     assert_refused(answer, 503, "out_of_memory")
