@@ -48,3 +48,29 @@ def vit_b_like() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 768, 16, stride=16), *layers, nn.LayerNorm(768), nn.Linear(768, 1000))
     model.register_parameter("position", nn.Parameter(torch.zeros(1, 197, 768)))
     return model
+
+
+class Mlp(nn.Sequential):
+    """A small network of three linear layers: (N, 64) to (N, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+class Cnn(nn.Sequential):
+    """A convolutional network of 1.3 million parameters: (N, 784) to (N, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Unflatten(1, (1, 28, 28)),
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, 800),
+            nn.ReLU(),
+            nn.Linear(800, 10),
+        )
