@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from emaswap import __version__
 from service.parts import Service
 from service.settings import ServiceSettings
-from service.web import refused
+from service.web import open_inference_routes, refused
 from service.web.admin import Admin, read_token
 from service.web.endpoint import Endpoint
 from service.web.predict import Predict
@@ -68,7 +68,9 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.add_middleware(_HeadAsGet)
     app.state.service = service
     app.state.predict = predict
-    app.router.routes.append(_predict_route(Endpoint(predict)))
+    endpoint = Endpoint(predict)
+    app.router.routes += [_predict_route(endpoint), *open_inference_routes.infer_routes(endpoint)]
+    app.include_router(open_inference_routes.routes(service))
     app.include_router(_model_routes(service))
     app.include_router(_admin_routes(admin))
     app.include_router(_probe_routes(service))

@@ -25,7 +25,7 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         settings = self._predict.settings
-        head = read_head(scope["headers"], max_bytes=settings.max_body_bytes)
+        head = read_head(scope["raw_path"], scope["headers"], max_bytes=settings.max_body_bytes)
         exchange = _Awaited(self._predict, head, b"", time.perf_counter())
         whole = False
         try:

@@ -19,12 +19,11 @@ from uvicorn.server import ServerState
 
 from service.refusal import Code, Refusal
 from service.web import refused
-from service.web.head import Head, read_head
+from service.web.head import Head, is_hot, read_head
 from service.web.json_rows import LARGE_BYTES
 from service.web.limits import Limits
 from service.web.predict import Exchange, Predict
 
-_PATH = b"/predict"
 _END_OF_HEAD = b"\r\n\r\n"
 _CLOSE = b"connection: close\r\n"
 _MAX_KNOWN_HEADS = 1000
@@ -186,7 +185,7 @@ class Connection(HttpToolsProtocol):
             if self._hot.predict.draining():
                 self.cycle.keep_alive = False
             return
-        head = read_head(self.headers, max_bytes=self._hot.predict.settings.max_body_bytes)
+        head = read_head(self.url, self.headers, max_bytes=self._hot.predict.settings.max_body_bytes)
         self._current = current = _Current(self, head, time.perf_counter())
         self.cycle = cast("RequestResponseCycle", current)
         current.keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
@@ -319,7 +318,7 @@ class Connection(HttpToolsProtocol):
     def _is_hot(self) -> bool:
         names = [name for name, _ in self.headers]
         return (
-            self.url == _PATH
+            is_hot(self.url)
             and (self.cycle is None or self.cycle.response_complete)
             and self.parser.get_method() == b"POST"
             and not self.flow.write_paused

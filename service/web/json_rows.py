@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from emaswap import Signature, TensorField
 from service.refusal import Code, Refusal
 from service.serving.servable import Rows, Servable
+from service.web import refused
+from service.web.dialect import Dialect, Parsed
 
 # numpy has no bfloat16: such an input is parsed as float32 and narrowed by torch.
 _TOGETHER = ("float32", "float64")
@@ -84,17 +86,27 @@ def parse(body: bytes, signature: Signature, max_rows: int) -> Rows:
         raise Refusal(Code.INVALID_INPUTS, f"expected the inputs {names}, got {_keys(inputs)}")
 
     counts = {name: _count(name, inputs[name]) for name in names}
-    if len(set(counts.values())) > 1:
-        raise Refusal(Code.WRONG_SHAPE, f"expected the same number of rows in each input, got {counts}")
-    if (rows := counts[names[0]]) > max_rows:
-        raise Refusal(
-            Code.TOO_MANY_ROWS, f"expected at most {max_rows} rows in a request, got {rows}; send several requests"
-        )
+    check_counts(counts, max_rows)
 
     # For text, numpy would allocate the longest text's length for every value; beside a number, it takes true for 1.
     # Both leave traces in the body, where they are quickly found.
     suspicious = body.count(b'"') > quotes or b"true" in body or b"false" in body
-    return {field.name: _array(inputs[field.name], field, suspicious=suspicious) for field in fields}
+    return {field.name: to_array(inputs[field.name], field, suspicious=suspicious) for field in fields}
+
+
+def check_counts(counts: Mapping[str, int], max_rows: int) -> None:
+    """Raise `Refusal` unless all inputs, whose numbers of rows these are, have equally many, and not too many."""
+    if len(set(counts.values())) > 1:
+        raise Refusal(Code.WRONG_SHAPE, f"expected the same number of rows in each input, got {dict(counts)}")
+    check_count(next(iter(counts.values())), max_rows)
+
+
+def check_count(rows: int, max_rows: int) -> None:
+    """Raise `Refusal` for more rows than a request may have."""
+    if rows > max_rows:
+        raise Refusal(
+            Code.TOO_MANY_ROWS, f"expected at most {max_rows} rows in a request, got {rows}; send several requests"
+        )
 
 
 def _refuse_structure(body: bytes, signature: Signature, max_rows: int) -> None:
@@ -125,17 +137,27 @@ def _fields(signature: Signature) -> str:
     return " and ".join(str(field) for field in signature.inputs)
 
 
+class JsonRows(Dialect):
+    """`application/json`: rows as lists of numbers."""
+
+    def parse(self, body: bytes, servable: Servable, max_rows: int) -> Parsed:
+        """Return the inputs of one body."""
+        return Parsed(parse(body, servable.signature, max_rows))
+
+    def encode(self, outputs: Rows, servable: Servable, _: object) -> tuple[bytes, bytes]:
+        """Return the answer to one request."""
+        envelope = Envelope(servable)
+        return envelope.lines, envelope.bodies(outputs, [len(next(iter(outputs.values())))])[0]
+
+
 class Envelope:
     """What all answers of one version have in common; it puts outputs into bodies."""
 
-    def __init__(self, servable: Servable, identity: Mapping[str, str]) -> None:
-        """`identity` are the headers that name the version."""
+    def __init__(self, servable: Servable) -> None:
         # Not the servable itself: what is not live any more is freed when its last request has ended.
         self._servable = weakref.ref(servable)
         self._labels = servable.signature.labels
-        self.lines = b"content-type: application/json\r\n" + b"".join(
-            f"{name.lower()}: {value}\r\n".encode() for name, value in identity.items()
-        )
+        self.lines = refused.PLAIN + refused.as_lines(refused.identity(servable))
         model = {
             "name": servable.manifest.model,
             "version": servable.version,
@@ -204,7 +226,11 @@ def _count(name: str, rows: Any) -> int:
     return len(rows)
 
 
-def _array(rows: list[Any], field: TensorField, *, suspicious: bool) -> NDArray[np.generic]:
+def to_array(rows: list[Any], field: TensorField, *, suspicious: bool = True) -> NDArray[np.generic]:
+    """Return rows as JSON has them as an array that fits the field. Raises `Refusal` naming the first that does not.
+
+    Where a body is not `suspicious`, it is known that there is neither a text nor a truth value in it.
+    """
     if suspicious:
         for index, row in enumerate(rows):
             _refuse_strangers(row, index, field)
@@ -219,6 +245,18 @@ def _array(rows: list[Any], field: TensorField, *, suspicious: bool) -> NDArray[
     raise _blame(rows, field)
 
 
+def fit(array: NDArray[Any], field: TensorField) -> NDArray[np.generic]:
+    """Return an array of rows in the dtype of a field. Raises `Refusal` where it does not fit, or a value is not finite."""
+    if not field.accepts(array.shape[1:]):
+        raise Refusal(Code.WRONG_SHAPE, f"input {field.name!r}: expected rows of {field}, got shape {array.shape[1:]}")
+    cast = _cast(array, field)
+    if cast is None:
+        raise Refusal(
+            Code.WRONG_DTYPE, f"input {field.name!r}: expected {field}, got {array.dtype} that it cannot hold"
+        )
+    return cast
+
+
 def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None:
     """Return the array in the field's dtype, or `None` when a value is of another kind or out of range."""
     dtype = _numpy_dtype(field)
@@ -228,7 +266,8 @@ def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None
         if array.dtype.kind == "b":
             return None
         # By way of float64, as `parse_together` does it: a value must not depend on its company.
-        array = array.astype(np.float64)
+        if array.dtype.kind != "f":
+            array = array.astype(np.float64)
         with np.errstate(over="ignore"):
             cast = array.astype(dtype)
         finite = np.isfinite(cast)
@@ -236,7 +275,10 @@ def _cast(array: NDArray[Any], field: TensorField) -> NDArray[np.generic] | None
             finite &= np.abs(cast) < _BFLOAT16_END
         if not finite.all():
             row = int(np.argwhere(~finite)[0][0])
-            raise Refusal(Code.NOT_FINITE, f"input {field.name!r}, row {row}: a value is too large for {field.dtype}")
+            raise Refusal(
+                Code.NOT_FINITE,
+                f"input {field.name!r}, row {row}: a value is not finite, or too large for {field.dtype}",
+            )
         return cast
     if array.dtype.kind not in ("b" if dtype.kind == "b" else "iu"):
         return None

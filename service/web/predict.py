@@ -5,6 +5,7 @@ out is not known here: that is the connection's, which makes an `Exchange` of ea
 """
 
 import asyncio
+import contextlib
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,22 +14,28 @@ from typing import TypeVar, cast
 
 import structlog
 
+from emaswap import Signature
 from service.control.standing import Standing
 from service.logs import Seldom
 from service.refusal import Code, Refusal
 from service.serving.batcher import Batcher
+from service.serving.forward import count
 from service.serving.metrics import ServingMetrics
 from service.serving.request import Asker, Request
 from service.serving.servable import Rows, Servable
 from service.serving.slot import Slot
 from service.settings import ServiceSettings
 from service.web import refused
-from service.web.head import Head
-from service.web.json_rows import LARGE_BYTES, Envelope, parse, parse_together
+from service.web.dialect import Parsed
+from service.web.head import JSON, Head
+from service.web.json_rows import LARGE_BYTES, Envelope, parse_together
 
 log = structlog.get_logger("emaswap.service")
 
 Result = TypeVar("Result")
+
+Answer = tuple[bytes, bytes]
+"""The headers of an answer besides the length, as lines of HTTP, and its body."""
 
 # Versions that may be replaced under one request before it is told to come again.
 _ATTEMPTS = 3
@@ -37,7 +44,7 @@ _ATTEMPTS = 3
 class Exchange(Request):
     """One request of a client's, and the way back to it."""
 
-    __slots__ = ("attempts", "began", "body", "head")
+    __slots__ = ("asked", "attempts", "began", "body", "head")
 
     def __init__(self, predict: "Predict", head: Head, body: bytes, began: float) -> None:
         super().__init__(predict, None if head.timeout_s is None else began + head.timeout_s)
@@ -45,6 +52,7 @@ class Exchange(Request):
         self.body = body
         self.began = began
         self.attempts = 1
+        self.asked: object = None
 
     @abstractmethod
     def reply(self, status: int, lines: bytes, body: bytes) -> None:
@@ -94,7 +102,8 @@ class Predict(Asker):
 
     def refuse(self, exchange: Exchange, refusal: Refusal) -> None:
         """Answer a request with a refusal."""
-        self._send(exchange, refused.STATUS[refusal.code], refused.lines(refusal), refused.body(refusal))
+        body = exchange.head.dialect.refuse(refusal)
+        self._send(exchange, refused.STATUS[refusal.code], refused.lines(refusal), body)
 
     # -- the batcher's word ------------------------------------------------------------------------------------------
 
@@ -104,14 +113,12 @@ class Predict(Asker):
         if sum(output.nbytes for output in outputs.values()) > LARGE_BYTES:
             self._spawn(self._encode_aside(exchanges, outputs, servable))
             return
-        envelope = self._envelope_of(servable)
         try:
-            bodies = envelope.bodies(outputs, [exchange.rows for exchange in exchanges])
-        except Refusal as refusal:
-            for exchange in exchanges:
-                self.refuse(exchange, refusal)
-            return
-        self._answer(exchanges, bodies, envelope.lines, servable)
+            answers = self._encode(exchanges, outputs, servable)
+        except Exception as error:
+            self._give_up(exchanges, error)
+        else:
+            self._answer(exchanges, answers, servable)
 
     def refused(self, request: Request, refusal: Refusal) -> None:
         """Send the refusal."""
@@ -157,12 +164,13 @@ class Predict(Asker):
         self.batcher.begin()
 
     def _parse(self, exchanges: list[Exchange], servable: Servable) -> None:
-        """Parse small bodies, together where they are all right, and submit what fits."""
-        signature, max_rows = servable.signature, self.settings.max_batch_rows
-        try:
-            together = parse_together([exchange.body for exchange in exchanges], signature, max_rows)
-        except MemoryError:
-            together = None
+        """Parse small bodies, together where they are JSON and all right, and submit what fits."""
+        signature = servable.signature
+        together = None
+        if all(exchange.head.dialect is JSON for exchange in exchanges):
+            with contextlib.suppress(MemoryError):
+                bodies = [exchange.body for exchange in exchanges]
+                together = parse_together(bodies, signature, self.settings.max_batch_rows)
         if together is not None:
             for exchange, (inputs, rows) in zip(exchanges, together, strict=True):
                 exchange.validated(inputs, rows, signature)
@@ -170,43 +178,61 @@ class Predict(Asker):
             return
         for exchange in exchanges:
             try:
-                inputs = parse(exchange.body, signature, max_rows)
-            except (Refusal, MemoryError) as error:
-                self.refuse(exchange, error if isinstance(error, Refusal) else self._short_of_memory())
+                self._take(exchange, self._parse_one(exchange, servable), signature)
             except Exception as error:
-                self.failed(exchange, error)
-            else:
-                exchange.validated(inputs, len(next(iter(inputs.values()))), signature)
-                self._submit(exchange)
+                self._give_up([exchange], error)
 
     async def _parse_aside(self, exchange: Exchange, servable: Servable) -> None:
         """Parse a large body on a thread."""
-        signature, max_rows = servable.signature, self.settings.max_batch_rows
         try:
-            inputs = await self._on_thread(lambda: parse(exchange.body, signature, max_rows))
-        except (Refusal, MemoryError) as error:
-            self.refuse(exchange, error if isinstance(error, Refusal) else self._short_of_memory())
+            parsed = await self._on_thread(lambda: self._parse_one(exchange, servable))
+            self._take(exchange, parsed, servable.signature)
         except Exception as error:
-            self.failed(exchange, error)
-        else:
-            exchange.validated(inputs, len(next(iter(inputs.values()))), signature)
-            self._submit(exchange)
-            self.batcher.begin()
+            self._give_up([exchange], error)
+        self.batcher.begin()
+
+    def _parse_one(self, exchange: Exchange, servable: Servable) -> Parsed:
+        return exchange.head.dialect.parse(exchange.body, servable, self.settings.max_batch_rows)
+
+    def _take(self, exchange: Exchange, parsed: Parsed, signature: Signature) -> None:
+        exchange.asked = parsed.asked
+        exchange.validated(parsed.inputs, count(parsed.inputs), signature)
+        self._submit(exchange)
 
     async def _encode_aside(self, exchanges: Sequence[Exchange], outputs: Rows, servable: Servable) -> None:
         """Encode large outputs on a thread."""
-        envelope = self._envelope_of(servable)
-        sizes = [exchange.rows for exchange in exchanges]
         try:
-            bodies = await self._on_thread(lambda: envelope.bodies(outputs, sizes))
-        except (Refusal, MemoryError) as error:
-            for exchange in exchanges:
-                self.refuse(exchange, error if isinstance(error, Refusal) else self._short_of_memory())
+            answers = await self._on_thread(lambda: self._encode(exchanges, outputs, servable))
         except Exception as error:
-            for exchange in exchanges:
-                self.failed(exchange, error)
+            self._give_up(exchanges, error)
         else:
-            self._answer(exchanges, bodies, envelope.lines, servable)
+            self._answer(exchanges, answers, servable)
+
+    def _encode(self, exchanges: Sequence[Exchange], outputs: Rows, servable: Servable) -> list[Answer | Refusal]:
+        """Return the headers and the body of each request's answer."""
+        if all(exchange.head.answer is JSON for exchange in exchanges):
+            envelope = self._envelope_of(servable)
+            return [(envelope.lines, body) for body in envelope.bodies(outputs, [each.rows for each in exchanges])]
+        first = 0
+        answers: list[Answer | Refusal] = []
+        for exchange in exchanges:
+            own = {name: output[first : first + exchange.rows] for name, output in outputs.items()}
+            try:
+                answers.append(exchange.head.answer.encode(own, servable, exchange.asked))
+            except Refusal as refusal:
+                answers.append(refusal)
+            first += exchange.rows
+        return answers
+
+    def _give_up(self, exchanges: Sequence[Exchange], error: Exception) -> None:
+        """Refuse requests, or note that the fault is ours."""
+        for exchange in exchanges:
+            if isinstance(error, MemoryError):
+                self.refuse(exchange, self._short_of_memory())
+            elif isinstance(error, Refusal):
+                self.refuse(exchange, error)
+            else:
+                self.failed(exchange, error)
 
     def _submit(self, exchange: Exchange) -> None:
         if exchange.gone:
@@ -218,12 +244,14 @@ class Predict(Asker):
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def _answer(self, exchanges: Sequence[Exchange], bodies: Sequence[bytes], lines: bytes, servable: Servable) -> None:
-        for exchange, body in zip(exchanges, bodies, strict=True):
+    def _answer(self, exchanges: Sequence[Exchange], answers: Sequence[Answer | Refusal], servable: Servable) -> None:
+        for exchange, answer in zip(exchanges, answers, strict=True):
             if exchange.head.min_version > servable.version:  # rolled back while the request waited
                 self.refuse(exchange, self._too_old(servable, exchange.head))
+            elif isinstance(answer, Refusal):
+                self.refuse(exchange, answer)
             else:
-                self._send(exchange, 200, lines, body)
+                self._send(exchange, 200, *answer)
 
     def _send(self, exchange: Exchange, status: int, lines: bytes, body: bytes) -> None:
         self._metrics.answered(status, time.perf_counter() - exchange.began)
@@ -232,7 +260,7 @@ class Predict(Asker):
 
     def _envelope_of(self, servable: Servable) -> Envelope:
         if self._envelope is None or not self._envelope.is_for(servable):
-            self._envelope = Envelope(servable, refused.identity(servable))
+            self._envelope = Envelope(servable)
         return self._envelope
 
     def _not_by(self, servable: Servable | None, head: Head) -> Refusal | None:

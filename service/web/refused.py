@@ -20,7 +20,9 @@ STATUS = {
     Code.ADMIN_IS_OFF: 403,
     Code.NOT_FOUND: 404,
     Code.UNKNOWN_VERSION: 404,
+    Code.UNKNOWN_MODEL: 404,
     Code.METHOD_NOT_ALLOWED: 405,
+    Code.NOT_ACCEPTABLE: 406,
     Code.HEAD_TIMEOUT: 408,
     Code.BODY_TIMEOUT: 408,
     Code.STORE_IS_READ_ONLY: 409,
@@ -102,10 +104,13 @@ def as_lines(named: Mapping[str, str]) -> bytes:
     return "".join(f"{name.lower()}: {value}\r\n" for name, value in named.items()).encode("latin-1")
 
 
-def body(refusal: Refusal) -> bytes:
-    """Return a refusal as JSON. Text that UTF-8 cannot hold is escaped."""
+def body(refusal: Refusal, *, in_words: bool = False) -> bytes:
+    """Return a refusal as JSON. Text that UTF-8 cannot hold is escaped.
+
+    Clients of the Open Inference Protocol show `error` alone, so for them it is to have the words, too.
+    """
     detail = refusal.detail.encode("utf-8", "backslashreplace").decode()
-    named = {"error": str(refusal.code), "detail": detail}
+    named = {"error": f"{refusal.code}: {detail}" if in_words else str(refusal.code), "detail": detail}
     if isinstance(refusal, TooOld):
         named["reason"] = "ordered" if refusal.ordered else "behind"
     return orjson.dumps(named)
@@ -118,9 +123,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return Response(body(error), STATUS[error.code], headers(error), "application/json")
+    in_words = request.url.path.startswith("/v2/")
+    return Response(body(error, in_words=in_words), STATUS[error.code], headers(error), "application/json")
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -711,7 +711,9 @@ def test_a_fault_of_ours_is_counted(linear: Served) -> None:
         raise AssertionError("nothing is to be answered from here")
 
     with pytest.raises(RuntimeError, match="own fault"):
-        asyncio.run(Endpoint(linear.app.state.predict)({"type": "http", "headers": []}, receive, send))
+        asyncio.run(
+            Endpoint(linear.app.state.predict)({"type": "http", "raw_path": b"/predict", "headers": []}, receive, send)
+        )
     assert linear.metric('emaswap_requests_total{status="500"}') == 1
 
 
@@ -723,7 +725,7 @@ def test_memory_that_runs_out_while_parsing_is_our_fault(linear: Served, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("service.web.predict.parse_together", parse)
-        patch.setattr("service.web.predict.parse", parse)
+        patch.setattr("service.web.json_rows.parse", parse)
         answer = linear.predict(GOOD)
     assert_refused(answer, 503, "out_of_memory")
     assert answer.headers["Retry-After"]
