@@ -7,12 +7,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 MEASURED := .venv/measured
 PEERS := .venv-peers
+CLIENTS := .venv-clients
 WORKERS ?= 2
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
-QUICK := not long and not soak and not engine and not peers
+QUICK := not long and not soak and not engine and not peers and not clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-engine test-peers soak check bench compare format clean
+.PHONY: help demo test test-long test-engine test-peers test-clients soak check bench compare format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +50,15 @@ test-engine: $(INSTALLED) ## the tests in a Docker engine, which they start them
 test-peers: $(PEERS)/installed ## the tests against the averages and training frameworks of others
 	$(PEERS)/bin/python -m pytest -m peers
 
+test-clients: $(INSTALLED) $(CLIENTS)/installed ## the tests with the clients of others, against a service of ours
+	$(BIN)/python -m pytest -m clients
+
+$(CLIENTS)/installed: constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt \
+		'tritonclient[http]' kserve
+	@touch $@
+
 $(PEERS)/installed: pyproject.toml constraints.txt constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
@@ -76,4 +86,4 @@ format: $(INSTALLED) ## format the code
 	$(BIN)/ruff check --fix
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-peers build *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-clients build *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
