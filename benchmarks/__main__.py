@@ -2,10 +2,10 @@
 
 import sys
 
-from benchmarks import ema, freshness, publish
+from benchmarks import ema, freshness, publish, serve
 from benchmarks.report import Row, report
 
-BENCHMARKS = {"ema": ema.measure, "publish": publish.measure, "freshness": freshness.measure}
+BENCHMARKS = {"ema": ema.measure, "publish": publish.measure, "freshness": freshness.measure, "serve": serve.measure}
 
 
 def main(names: list[str]) -> int:

@@ -18,9 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One measure beside the floor that was measured in the same run. `bar` bounds the ratio from above.
+    """One measure beside the floor that was measured in the same run.
 
-    `spread` has the least and the greatest ratio where several runs were made.
+    `bar` bounds the ratio from above, or from below where it is to be `at_least` that. `spread` has the least and the greatest ratio where several runs were made.
     """
 
     measure: str
@@ -29,6 +29,7 @@ class Row:
     floor: float | None = None
     bar: float | None = None
     spread: tuple[float, float] | None = None
+    at_least: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -37,8 +38,10 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether the ratio is within the bar; true where there is none."""
-        return self.bar is None or self.ratio is None or self.ratio <= self.bar
+        """Whether the ratio is on the right side of the bar; true where there is none."""
+        if self.bar is None or self.ratio is None:
+            return True
+        return self.ratio >= self.bar if self.at_least else self.ratio <= self.bar
 
 
 def over(runs: Sequence[Sequence[Row]]) -> list[Row]:
@@ -58,6 +61,7 @@ def report(name: str, rows: list[Row]) -> None:
         floor, ratio, bar = (
             f"{number:.4g}" if number is not None else "" for number in (row.floor, row.ratio, row.bar)
         )
+        bar = f"{'≥' if row.at_least else '≤'} {bar}" if bar else ""
         spread = "–".join(f"{number:.3g}" for number in row.spread or ())
         holds = "" if row.bar is None else "yes" if row.holds else "NO"
         table.add_row(row.measure, f"{row.value:.4g} {row.unit}", floor, ratio, spread, bar, holds)
