@@ -23,7 +23,11 @@ _CHECKS_PER_LOOK = 100
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a version was rejected. `stamps` are those of its files then; `None` takes them as they are next seen."""
+    """Why a version was rejected. `stamps` are those of its files then; `None` where only its manifest counts.
+
+    That is so once its files have been proven to be what the manifest says: other files could only be worse, and those of
+    a version with the same weights are the same files, whose times change when they are published again.
+    """
 
     reason: Reason
     detail: str
@@ -97,17 +101,19 @@ class Quarantine:
             thorough: look at all of them, whatever their turn.
         """
         if thorough:
-            return list(self.rejections)
+            return [version for version, rejection in self.rejections.items() if rejection.stamps is not None]
         now = self._clock()
-        due = [v for v, rejection in self.rejections.items() if v > above and rejection.check_at <= now]
+        due = [
+            v for v, each in self.rejections.items() if v > above and each.stamps is not None and each.check_at <= now
+        ]
         return sorted(due, key=lambda version: self.rejections[version].check_at)[:_CHECKS_PER_LOOK]
 
     def checked(self, version: int, stamps: Stamps) -> bool:
         """Compare a rejected version's files with what they were. Releases it and returns true when they differ."""
         rejection = self.rejections.get(version)
-        if rejection is None:
+        if rejection is None or rejection.stamps is None:
             return False
-        if rejection.stamps is not None and stamps != rejection.stamps:
+        if stamps != rejection.stamps:
             self.release(version)
             return True
         pause_s = min(2 * rejection.pause_s, _LAST_CHECK_S)

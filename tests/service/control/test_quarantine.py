@@ -60,12 +60,15 @@ def test_a_number_with_another_manifest_is_another_version(quarantine: Quarantin
     assert quarantine.why(3) is None
 
 
-def test_stamps_that_were_not_known_are_taken_as_they_are_next_seen(quarantine: Quarantine) -> None:
-    """A version that was rejected without a look at its files is released by the change after the first look."""
+def test_a_version_whose_files_were_proven_is_let_in_again_by_another_manifest_alone(quarantine: Quarantine) -> None:
+    """Its files are not looked at: publishing the same weights again changes their times, and nothing else."""
     quarantine.reject(3, BAD, None, None)
     quarantine.compare({3: "m"})
-    assert not quarantine.checked(3, {"weights": "w"})
-    assert quarantine.checked(3, {"weights": "other"})
+    assert quarantine.to_check(above=0, thorough=True) == []
+    for weights in ("w", "other"):
+        assert not quarantine.checked(3, {"weights": weights})
+    quarantine.compare({3: "another"})
+    assert not quarantine.rejections
 
 
 def test_a_rejected_version_is_looked_at_ever_more_seldom(quarantine: Quarantine, clock: Clock) -> None:
