@@ -80,6 +80,7 @@ class Reason(StrEnum):
     PROBE_FAILED = "probe_failed"
     PROBE_MISMATCH = "probe_mismatch"
     FORWARD_TIMEOUT = "forward_timeout"
+    ANSWERS_NOT_FINITE = "answers_not_finite"
 
 
 class BadVersion(EmaswapError):

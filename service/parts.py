@@ -45,6 +45,7 @@ class Service:
             ControlMetrics(self.registry, self.slot),
             poll_s=settings.poll_s,
             load_timeout_s=settings.load_timeout_s,
+            guard_s=settings.guard_s,
         )
         path = self.store.watch_path
         self.watcher = Watcher(self.conductor, Notices(path) if path else None, poll_s=settings.poll_s)

@@ -43,6 +43,13 @@ class ServiceSettings(CommandSettings):
     load_timeout_s: float = Field(
         300.0, gt=0, le=86400, description="Seconds that loading a version may take; then it is given up."
     )
+    guard_s: float = Field(
+        10.0,
+        ge=0,
+        le=86400,
+        description="Seconds after a version went live in which the one before is kept ready, to answer again at once if "
+        "the new one fails or answers with NaNs; 0 for none.",
+    )
     max_model_bytes: int | None = Field(
         None, ge=1, description="Largest weights file to load, in bytes; a version with a larger one is rejected."
     )

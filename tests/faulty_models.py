@@ -1,6 +1,7 @@
 """Networks that keep things where the next forward pass finds them, and others that fail in all the ways there are."""
 
 import asyncio
+import math
 import threading
 import time
 from typing import Any
@@ -96,6 +97,18 @@ class Moody(Linear):
         if (rows[:, 0] == COMPLEX).any():
             return out.to(torch.complex64)
         return out if (rows[:, 0] != NOTHING).all() else out[:, :0]
+
+
+class Fragile(nn.Module):
+    """The first number of each row, NaN for one that is not below the weight; without a weight, NaN below zero."""
+
+    def __init__(self, below: float = math.inf) -> None:
+        super().__init__()
+        self.below = nn.Parameter(torch.tensor(float(min(below, 1e9))))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        first = rows[:, :1]
+        return torch.where((first >= self.below) | (first < 0), torch.nan, first)
 
 
 class Pair(nn.Module):

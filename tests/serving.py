@@ -97,7 +97,7 @@ class Served:
 @contextmanager
 def serve(**settings: Any) -> Iterator[Served]:
     """A service in a thread of this process, on a free port."""
-    settings = {"trust": TRUST, "drain_s": 0.0, "port": 0, "shutdown_s": 10} | settings
+    settings = {"trust": TRUST, "drain_s": 0.0, "port": 0, "shutdown_s": 10, "guard_s": 0.0} | settings
     app = create_app(ServiceSettings.model_validate(settings))
     server = Server(app)
     thread = threading.Thread(target=server.run, name="service")

@@ -45,9 +45,19 @@ class Conductor:
     """Keeps a slot at the version that the store's state calls for."""
 
     def __init__(
-        self, slot: Slot, loader: Loader, metrics: ControlMetrics, *, poll_s: float, load_timeout_s: float
+        self,
+        slot: Slot,
+        loader: Loader,
+        metrics: ControlMetrics,
+        *,
+        poll_s: float,
+        load_timeout_s: float,
+        guard_s: float = 0.0,
     ) -> None:
-        """Load from the loader's store. A load may take `load_timeout_s` seconds; `poll_s` is between looks."""
+        """Load from the loader's store. A load may take `load_timeout_s` seconds; `poll_s` is between looks.
+
+        For `guard_s` seconds after a version went live, the one before is kept ready to take its place.
+        """
         self._slot = slot
         self._loader = loader
         self._metrics = metrics
@@ -59,6 +69,8 @@ class Conductor:
         self._turn = asyncio.Lock()
         self._standing = Standing()
         self._has_served = False
+        self._guard_s = guard_s
+        self._guard: asyncio.TimerHandle | None = None
         metrics.hung_loads.set_function(lambda: self._loading.hung)
 
     @property
@@ -85,13 +97,17 @@ class Conductor:
             return None
 
     def give_up(self, servable: Servable, error: BadVersion) -> None:
-        """Reject a version that turned out broken while it answered. Nothing is live until `settle` has found another."""
+        """Reject a version that turned out broken while it answered.
+
+        The one before is live again where it was kept ready; else nothing is until `settle` has found another.
+        """
         identity = servable.manifest.identity
         self._slot.withdraw(servable)
         record = self._history.get(identity)
         if record is not None and record.state is not State.REJECTED:
             self._quarantine.reject(identity.version, error, record.stamp, None)
             self._note_rejection(identity, error, record.timings_s)
+            self._note_return()
 
     def close(self) -> None:
         """Let the threads end; do not wait for work that is under way."""
@@ -137,6 +153,8 @@ class Conductor:
             if self._quarantine.checked(version, stamps):
                 self._reconsider(version)
         pin = found.look.pin
+        if pin and live and identity and pin.names(identity):
+            self._slot.trust(live.version)
         if pin and (rejection := self._quarantine.rejections.get(pin.version)) and rejection.reason in OVERRULED:
             self._quarantine.release(pin.version)
             self._reconsider(pin.version)
@@ -270,7 +288,10 @@ class Conductor:
             gc.collect()
             gc.freeze()
             self._has_served = True
-        before = self._slot.swap(servable)
+        # An order holds whatever happens, and what is not in the store any more is nothing to return to.
+        guarded = self._guard_s > 0 and self._standing.pin is None and bool(self._standing.in_store)
+        before = self._slot.swap(servable, guarded=guarded)
+        self._begin_guard(servable.version if guarded else None)
         if before is not None:
             self._history.enter(before.manifest.identity, State.PREVIOUS)
             loop = asyncio.get_running_loop()
@@ -289,6 +310,22 @@ class Conductor:
             drift=servable.drift,
             timings_s=dict(timings_s),
         )
+
+    def _begin_guard(self, version: int | None) -> None:
+        """Have the guard over a version end in time, and that over the one before it at once."""
+        if self._guard is not None:
+            self._guard.cancel()
+        loop = asyncio.get_running_loop()
+        self._guard = None if version is None else loop.call_later(self._guard_s, self._slot.trust, version)
+
+    def _note_return(self) -> None:
+        """Note that the version before is live again, if it is."""
+        live = self._slot.current
+        if live is None:
+            return
+        self._history.enter(live.manifest.identity, State.LIVE)
+        self._metrics.rollbacks.inc()
+        log.warning("version live again", version=live.version, digest=live.digest)
 
     def _note_skew(self, servable: Servable, before: Servable | None) -> None:
         skew_s = servable.manifest.skew_s(servable.loaded_at)

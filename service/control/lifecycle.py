@@ -3,7 +3,7 @@
     discovered → fetching → verifying → warming → live → previous → retired
          ↑          └─────────┴───────────┴────────┴────────┴─────────┴──▶ rejected
          └── from fetching, verifying, warming: failed for now, tried again later
-         └── from previous, retired: wanted again
+         └── from previous, retired: wanted again (previous: live at once where the live one has failed)
          └── from rejected: its bytes have changed, or an operator overruled the reason
 
 Only these steps are legal; any other is a mistake in our code and raises.
@@ -39,7 +39,7 @@ FOLLOWING = {
     State.VERIFYING: {State.WARMING, State.REJECTED, State.DISCOVERED},
     State.WARMING: {State.LIVE, State.REJECTED, State.DISCOVERED},
     State.LIVE: {State.PREVIOUS, State.REJECTED},
-    State.PREVIOUS: {State.RETIRED, State.REJECTED, State.DISCOVERED},
+    State.PREVIOUS: {State.RETIRED, State.REJECTED, State.DISCOVERED, State.LIVE},
     State.RETIRED: {State.DISCOVERED, State.REJECTED},
     State.REJECTED: {State.DISCOVERED},
 }

@@ -52,6 +52,11 @@ class ControlMetrics:
             registry=registry,
         )
         self._swaps = Counter("emaswap_swaps", "Times a version went live.", registry=registry)
+        self.rollbacks = Counter(
+            "emaswap_rollbacks",
+            "Times the version before was live again because the live one failed.",
+            registry=registry,
+        )
         self.rejected = Counter(
             "emaswap_rejected_versions", "Versions rejected, by reason.", ["reason"], registry=registry
         )

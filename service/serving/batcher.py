@@ -17,7 +17,7 @@ import structlog
 from emaswap import BadVersion, Reason
 from service.refusal import Code, Refusal
 from service.serving.failure import Failure
-from service.serving.forward import Forward, count
+from service.serving.forward import Forward, Ran, count
 from service.serving.metrics import ServingMetrics
 from service.serving.pace import Pace
 from service.serving.request import Request
@@ -103,7 +103,7 @@ class Batcher:
             except Exception as error:  # a fault of ours, which must not end the batches to come
                 self._tell_failed(batch, error)
                 continue
-            if ran is None or isinstance(ran, Failure):
+            if not isinstance(ran, Ran) or self._forward.is_suspect(ran.outputs, self._slot):
                 self._running = asyncio.create_task(self._aside(servable, batch, inputs, ran), name="batch")
                 return
             self._pace.note(rows, ran.seconds)
@@ -118,17 +118,20 @@ class Batcher:
             self._running.cancel()
         self._forward.close()
 
-    async def _aside(self, servable: Servable, batch: list[Request], inputs: Rows, failure: Failure | None) -> None:
-        """Run a batch on a thread, or find out what is at fault for its failure here; then the next one begins."""
+    async def _aside(self, servable: Servable, batch: list[Request], inputs: Rows, ran: Ran | Failure | None) -> None:
+        """Run a batch on a thread, or look into how it `ran` here; then the next one begins."""
         tell: Callable[[], None]
         try:
-            ran = failure or await self._forward.aside(servable, inputs, chunk=self._chunk())
+            if ran is None:
+                ran = await self._forward.aside(servable, inputs, chunk=self._chunk())
             if isinstance(ran, Failure):
                 results = await self._forward.explain(servable, [request.inputs for request in batch], ran)
                 tell = lambda: self._tell_each(batch, results, servable)  # noqa: E731
             else:
                 self._pace.note(count(inputs), ran.seconds)
                 outputs = ran.outputs
+                if self._forward.is_suspect(outputs, self._slot):
+                    await self._forward.compare(servable, inputs, outputs, self._slot)
                 tell = lambda: self._answer(batch, outputs, servable)  # noqa: E731
         except BadVersion as error:
             broken = error
@@ -173,6 +176,8 @@ class Batcher:
         for request in batch:
             if error.reason is Reason.FORWARD_TIMEOUT:
                 request.asker.refused(request, _timed_out(error))
+            elif len(batch) == 1 and error.reason is not Reason.ANSWERS_NOT_FINITE:
+                request.asker.refused(request, _broke(error))
             else:
                 request.asker.superseded(request, broken=True)
 
@@ -227,6 +232,11 @@ def _stack(batch: list[Request]) -> Rows:
     if len(batch) == 1:
         return batch[0].inputs
     return {name: np.concatenate([request.inputs[name] for request in batch]) for name in batch[0].inputs}
+
+
+def _broke(error: BadVersion) -> Refusal:
+    """Return the refusal of a request that broke a version by itself: it might break the next one, too."""
+    return Refusal(Code.VERSION_CHANGED, f"{error.detail}; this version is given up, and the request with it")
 
 
 def _timed_out(error: BadVersion) -> Refusal:

@@ -14,14 +14,16 @@ from typing import TypeVar
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
-from emaswap import BadVersion, Reason
+from emaswap import BadVersion, Identity, Reason
 from service.logs import Seldom
 from service.refusal import Code, Refusal, shorten
 from service.serving.failure import Cause, Failure
 from service.serving.metrics import ServingMetrics
 from service.serving.runner import Runner
 from service.serving.servable import Busy, Rows, Servable
+from service.serving.slot import Slot
 from service.serving.watchdog import Interrupted, Watchdog
 
 log = structlog.get_logger("emaswap.service")
@@ -49,6 +51,7 @@ class Forward:
         self._timeout_s = timeout_s
         self._runner = Runner("emaswap-forward")
         self._watchdog: Watchdog | None = None
+        self._as_odd: Identity | None = None
         self._seldom = {cause: Seldom() for cause in Cause}
 
     def here(self, servable: Servable, inputs: Rows) -> Ran | Failure | None:
@@ -84,6 +87,35 @@ class Forward:
         return await self._blame(
             servable, requests, [one if isinstance(one, Failure) else one.outputs for one in alone]
         )
+
+    def is_suspect(self, outputs: Rows, slot: Slot) -> bool:
+        """Return whether a guarded version gave outputs that are not finite, which may be its inputs' fault or its own."""
+        return (
+            slot.previous is not None
+            and slot.previous.manifest.identity != self._as_odd
+            and bool(_odd_rows(outputs).any())
+        )
+
+    async def compare(self, servable: Servable, inputs: Rows, outputs: Rows, slot: Slot) -> None:
+        """Ask the version before for what the live one has no finite answer to. Raises `BadVersion` where it has one."""
+        previous = slot.previous
+        if previous is None or previous.signature != servable.signature:
+            return
+        odd = _odd_rows(outputs)
+        try:
+            before = await self.aside(previous, {name: value[odd] for name, value in inputs.items()})
+        except BadVersion:  # it hangs: then there is nothing to return to
+            slot.trust(servable.version)
+            return
+        if not isinstance(before, Ran) or _odd_rows(before.outputs).all():
+            self._as_odd = previous.manifest.identity  # these answers are in the nature of the model
+            return
+        row = int(np.argmax(odd))
+        failure = Failure(
+            f"row {row} of a batch has no finite answer, and version {previous.version} has one", "", memory=False
+        )
+        self._note(Cause.VERSION, servable, failure)
+        raise BadVersion(Reason.ANSWERS_NOT_FINITE, failure.text)
 
     def close(self) -> None:
         """End the thread. A forward pass that does not end soon is left behind."""
@@ -197,6 +229,15 @@ def _run(servable: Servable, inputs: Rows, *, chunk: int | None = None, wait: bo
     except BaseException as error:  # forward is somebody else's code and may raise anything
         return Failure.of(error)
     return Ran(outputs, time.perf_counter() - began)
+
+
+def _odd_rows(outputs: Rows) -> NDArray[np.bool_]:
+    """Return for each row whether a number in its outputs is not finite."""
+    odd = np.zeros(count(outputs), np.bool_)
+    for output in outputs.values():
+        if output.dtype.kind == "f" and not np.isfinite(output).all():
+            odd |= ~np.isfinite(output).reshape(len(output), -1).all(axis=1)
+    return odd
 
 
 def _verdict(servable: Servable) -> BadVersion | Failure | None:

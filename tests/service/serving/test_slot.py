@@ -51,3 +51,29 @@ def test_what_is_withdrawn_is_live_no_more(publish: Publish) -> None:
     assert slot.current is second
     slot.withdraw(second)
     assert slot.current is None
+
+
+def test_a_guarded_one_that_is_withdrawn_gives_its_place_back(publish: Publish) -> None:
+    """The one before is live again; it has none before it."""
+    first, second = servable(publish), servable(publish)
+    slot = Slot()
+    slot.swap(first)
+    slot.swap(second, guarded=True)
+    assert slot.previous is first
+    slot.withdraw(second)
+    assert [slot.current, slot.previous] == [first, None]
+    slot.withdraw(first)
+    assert [slot.current, slot.previous] == [None, None]
+
+
+def test_a_guard_ends(publish: Publish) -> None:
+    """The one before is freed once the live one is trusted, and not by the end of an earlier guard."""
+    slot = Slot()
+    slot.swap(servable(publish))
+    slot.swap(servable(publish), guarded=True)
+    before = weakref.ref(slot.previous)
+    assert slot.current is not None
+    slot.trust(slot.current.version - 1)
+    assert before() is not None
+    slot.trust(slot.current.version)
+    assert before() is None, slot.previous
