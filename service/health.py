@@ -2,16 +2,41 @@
 
 import http.client
 import os
+import socket
 import sys
+
+_TIMEOUT_S = 4
+
+
+class _Unix(http.client.HTTPConnection):
+    """A connection to a Unix socket."""
+
+    def connect(self) -> None:
+        """Connect to the socket that has been given as the host."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.host)
+
+
+def _connection() -> http.client.HTTPConnection:
+    """Return a connection to where the variables say that the service listens."""
+    if uds := os.environ.get("EMASWAP_UDS"):
+        return _Unix(uds, timeout=_TIMEOUT_S)
+    host, port = os.environ.get("EMASWAP_HOST", "127.0.0.1"), os.environ.get("EMASWAP_PORT", "8000")
+    # What listens on every address is asked on this machine's own.
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    try:
+        return http.client.HTTPConnection(host, int(port), timeout=_TIMEOUT_S)
+    except ValueError:
+        raise ValueError(f"EMASWAP_PORT: expected the number of a port, got {port!r}") from None
 
 
 def main() -> int:
-    """Ask /readyz on the port that EMASWAP_PORT names; 0 when it says yes."""
-    port = os.environ.get("EMASWAP_PORT", "8000")
+    """Ask /readyz where EMASWAP_UDS, or EMASWAP_HOST and EMASWAP_PORT, say; 0 when it says yes."""
     try:
-        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=4)
-    except ValueError:
-        print(f"EMASWAP_PORT: expected the number of a port, got {port!r}")
+        connection = _connection()
+    except ValueError as error:
+        print(error)
         return 1
     try:
         connection.request("GET", "/readyz")

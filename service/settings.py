@@ -21,6 +21,15 @@ class ServiceSettings(CommandSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one, which the log names.")
+    uds: Path | None = Field(None, description="Unix socket to listen on, instead of an address and a port.")
+    root_path: str = Field("", description="Path that a proxy in front takes off, so that /docs finds its schema.")
+    trusted_proxies: CommaSeparated = Field(
+        (),
+        description="Addresses or networks of proxies whose X-Forwarded-For and -Proto are believed; none by default.",
+    )
+    cors_origin: CommaSeparated = Field(
+        (), description="Origin whose pages may ask, as `https://example.org`, or * for all; none by default."
+    )
     trust: CommaSeparated = Field(
         (),
         description="Factory to trust besides those of emaswap.models, as `package.module:factory` or `package.*`; "
@@ -28,6 +37,10 @@ class ServiceSettings(CommandSettings):
     )
     admin_token_file: Path | None = Field(
         None, description="File with the bearer token of /model/pin and /model/refresh; without it they are off."
+    )
+    predict_token_file: Path | None = Field(
+        None,
+        description="File with the bearer token that requests for predictions must carry; without it, anybody may ask.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run the model.")
     threads: int = Field(

@@ -147,7 +147,8 @@ class ServiceProcess(Served):
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         listening = wait_for(lambda: self.events("listening"), timeout_s=60, what="listening")[0]
-        super().__init__(f"http://127.0.0.1:{listening['port']}")
+        self.port: int = listening.get("port", 0)
+        super().__init__(f"http://127.0.0.1:{self.port}")
         if wait:
             wait_for(lambda: self.client.get("/readyz").status_code == 200, what="ready")
 

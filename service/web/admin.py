@@ -1,36 +1,33 @@
 """What operators may do: pin, unpin, refresh. A bearer token guards it; without a token file it is off."""
 
-import hmac
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 
-from emaswap import BadVersion, EmaswapError, Missing, ReadOnly, Store, StoreError
+from emaswap import BadVersion, Missing, ReadOnly, Store, StoreError
 from service.control.conductor import OVERRULED, Conductor
 from service.control.lane import Blocked, Hung, Lane
 from service.control.lifecycle import State
 from service.refusal import Code, Refusal
 from service.web.schemas import PinState
+from service.web.token import Token
 
-_MIN_TOKEN_BYTES = 8
 _ORDER_TIMEOUT_S = 30.0
 
 
 class Admin:
     """Checks the operators' token, and writes their orders into the store, where they hold for every replica."""
 
-    def __init__(self, store: Store, conductor: Conductor, token: bytes | None) -> None:
+    def __init__(self, store: Store, conductor: Conductor, token: Token | None) -> None:
         self._store = store
         self._conductor = conductor
         self._token = token
         self._lane = Lane("emaswap-orders")
 
-    def authorize(self, authorization: str | None) -> None:
-        """Raise `Refusal` unless the `Authorization` header carries the token."""
+    def authorize(self, authorization: bytes) -> None:
+        """Raise `Refusal` unless the `Authorization` header, empty without one, carries the token."""
         if self._token is None:
             raise Refusal(Code.ADMIN_IS_OFF, "start the service with --admin-token-file FILE to turn this on")
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), self._token):
+        if not self._token.is_in(authorization):
             raise Refusal(
                 Code.UNAUTHORIZED, "expected the header Authorization: Bearer TOKEN with the operators' token"
             )
@@ -80,16 +77,3 @@ def _carry_out(order: Callable[[], object], store: Store) -> None:
     if not writable:
         raise ReadOnly("this service may not write the store")
     order()
-
-
-def read_token(file: Path | None) -> bytes | None:
-    """Return the token in a file, without the white space around it. Raises `EmaswapError` when it is too short to be one."""
-    if file is None:
-        return None
-    try:
-        token = file.read_bytes().strip()
-    except OSError as error:
-        raise EmaswapError(f"cannot read the admin token file {file}: {error.strerror}") from error
-    if len(token) < _MIN_TOKEN_BYTES:
-        raise EmaswapError(f"the admin token in {file} is shorter than {_MIN_TOKEN_BYTES} bytes")
-    return token

@@ -9,14 +9,14 @@ from fastapi import APIRouter, FastAPI, Header
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emaswap import __version__
 from service.parts import Service
 from service.settings import ServiceSettings
 from service.web import open_inference_routes, refused
-from service.web.admin import Admin, read_token
+from service.web.admin import Admin
 from service.web.endpoint import Endpoint
 from service.web.predict import Predict
 from service.web.schemas import (
@@ -30,6 +30,7 @@ from service.web.schemas import (
     Readiness,
     Versions,
 )
+from service.web.token import Token
 
 # 422 by name, too, or FastAPI would document a form of its own for it.
 _PROBLEMS: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in ("4XX", 422, 503)}
@@ -40,7 +41,7 @@ _MAX_ADMIN_BODY_BYTES = 64 << 10
 def create_app(settings: ServiceSettings) -> FastAPI:
     """Return the ASGI application for these settings."""
     service = Service(settings)
-    admin = Admin(service.store, service.conductor, read_token(settings.admin_token_file))
+    admin = Admin(service.store, service.conductor, Token.read(settings.admin_token_file, "admin"))
     predict = Predict(
         service.slot,
         service.batcher,
@@ -48,6 +49,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         settings,
         standing=lambda: service.standing,
         draining=lambda: service.draining,
+        token=Token.read(settings.predict_token_file, "predict"),
     )
 
     @contextlib.asynccontextmanager
@@ -66,6 +68,14 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(_HeadAsGet)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Model-Version", "X-Model-Digest", "Inference-Header-Content-Length"],
+        )
     app.state.service = service
     app.state.predict = predict
     endpoint = Endpoint(predict)
@@ -127,7 +137,7 @@ def _admin_routes(admin: Admin) -> APIRouter:
         """A route whose body is not even read before the token is checked."""
 
         async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-            admin.authorize(Headers(scope=scope).get("authorization"))
+            admin.authorize(dict(scope["headers"]).get(b"authorization", b""))
             await super().handle(scope, receive, send)
 
     routes = APIRouter(prefix="/model", tags=["operators"], route_class=Guarded)

@@ -25,7 +25,8 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         settings = self._predict.settings
-        head = read_head(scope["raw_path"], scope["headers"], max_bytes=settings.max_body_bytes)
+        path: bytes = scope["raw_path"].removeprefix(scope.get("root_path", "").encode())
+        head = read_head(path, scope["headers"], self._predict.rules)
         exchange = _Awaited(self._predict, head, b"", time.perf_counter())
         whole = False
         try:

@@ -45,6 +45,8 @@ class Hot:
         self.body_bytes = 0
         self.max_body_bytes = predict.settings.max_waiting_bytes
         settings = predict.settings
+        # Answers to other origins get their headers from the application.
+        self.unusual = _UNUSUAL | {b"origin"} if settings.cors_origin else _UNUSUAL
         self.limits = Limits(
             most=settings.max_connections,
             idle_s=settings.idle_timeout_s,
@@ -185,7 +187,7 @@ class Connection(HttpToolsProtocol):
             if self._hot.predict.draining():
                 self.cycle.keep_alive = False
             return
-        head = read_head(self.url, self.headers, max_bytes=self._hot.predict.settings.max_body_bytes)
+        head = read_head(self.url, self.headers, self._hot.predict.rules)
         self._current = current = _Current(self, head, time.perf_counter())
         self.cycle = cast("RequestResponseCycle", current)
         current.keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
@@ -323,7 +325,7 @@ class Connection(HttpToolsProtocol):
             and self.parser.get_method() == b"POST"
             and not self.flow.write_paused
             and b"content-length" in names
-            and _UNUSUAL.isdisjoint(names)
+            and self._hot.unusual.isdisjoint(names)
         )
 
     @property

@@ -8,6 +8,7 @@ from service.web import open_inference
 from service.web.binary_rows import BareRows, NpyRows
 from service.web.dialect import Dialect
 from service.web.json_rows import JsonRows
+from service.web.token import Token
 
 _MAX_DIGITS = 15
 _MAX_TIMEOUT_MS = 86_400_000
@@ -42,22 +43,34 @@ class Head:
     answer: Dialect = JSON
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What heads are held to: bodies of at most `max_bytes`, and where there is a `token`, that it is carried."""
+
+    max_bytes: int
+    token: Token | None = None
+
+
 def is_hot(path: bytes) -> bool:
     """Return whether a path, as the request has it, is one that predictions are asked for at."""
     return path == b"/predict" or open_inference.is_infer(path)
 
 
-def read_head(path: bytes, headers: Iterable[tuple[bytes, bytes]], *, max_bytes: int) -> Head:
-    """Return what a path and headers say. Names are in lower case; a body may have at most `max_bytes`."""
+def read_head(path: bytes, headers: Iterable[tuple[bytes, bytes]], rules: Rules) -> Head:
+    """Return what a path and headers, whose names are in lower case, say."""
     named = dict(headers)
     dialect: Dialect | None = None
     answer: Dialect = JSON
     try:
         if path.startswith(b"/v2/"):
             dialect = answer = open_inference.OpenInference.of(path, named)
+        if rules.token is not None and not rules.token.is_in(named.get(b"authorization", b"")):
+            raise Refusal(
+                Code.UNAUTHORIZED, "expected the header Authorization: Bearer TOKEN with the token for predictions"
+            )
         length = _number(named, b"content-length", "a number of bytes")
-        if length is not None and length > max_bytes:
-            raise Refusal(Code.BODY_TOO_LARGE, f"expected at most {max_bytes} bytes, got {length}")
+        if length is not None and length > rules.max_bytes:
+            raise Refusal(Code.BODY_TOO_LARGE, f"expected at most {rules.max_bytes} bytes, got {length}")
         wanted = _number(named, b"x-min-model-version", "a version number")
         timeout_ms = _number(named, b"x-request-timeout-ms", "a number of milliseconds")
         if dialect is None:

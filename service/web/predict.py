@@ -27,8 +27,9 @@ from service.serving.slot import Slot
 from service.settings import ServiceSettings
 from service.web import refused
 from service.web.dialect import Parsed
-from service.web.head import JSON, Head
+from service.web.head import JSON, Head, Rules
 from service.web.json_rows import LARGE_BYTES, Envelope, parse_together
+from service.web.token import Token
 
 log = structlog.get_logger("emaswap.service")
 
@@ -75,9 +76,14 @@ class Predict(Asker):
         *,
         standing: Callable[[], Standing],
         draining: Callable[[], bool],
+        token: Token | None = None,
     ) -> None:
-        """`standing` says how things stand; `draining` whether connections should go elsewhere."""
+        """`standing` says how things stand; `draining` whether connections should go elsewhere.
+
+        With a `token`, only requests that carry it are answered.
+        """
         self.settings = settings
+        self.rules = Rules(settings.max_body_bytes, token)
         self.draining = draining
         self.batcher = batcher
         self._slot = slot

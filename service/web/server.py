@@ -37,6 +37,10 @@ class Server(uvicorn.Server):
                 ws="none",
                 host=settings.host,
                 port=settings.port,
+                uds=str(settings.uds) if settings.uds else None,
+                root_path=settings.root_path.rstrip("/"),
+                proxy_headers=bool(settings.trusted_proxies),
+                forwarded_allow_ips=list(settings.trusted_proxies),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -50,8 +54,12 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            log.info("listening", host=host, port=port, store=self._service.settings.store)
+            settings = self._service.settings
+            if settings.uds:
+                log.info("listening", uds=str(settings.uds), store=settings.store)
+            else:
+                host, port = self.servers[0].sockets[0].getsockname()[:2]
+                log.info("listening", host=host, port=port, store=settings.store)
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
         """Start the drain at the first signal, and end the process at once at the second."""
