@@ -2,10 +2,16 @@
 
 import sys
 
-from benchmarks import ema, freshness, publish, serve
+from benchmarks import ema, freshness, publish, serve, swap
 from benchmarks.report import Row, report
 
-BENCHMARKS = {"ema": ema.measure, "publish": publish.measure, "freshness": freshness.measure, "serve": serve.measure}
+BENCHMARKS = {
+    "ema": ema.measure,
+    "publish": publish.measure,
+    "freshness": freshness.measure,
+    "serve": serve.measure,
+    "swap": swap.measure,
+}
 
 
 def main(names: list[str]) -> int:

@@ -1,12 +1,8 @@
 """How many requests a service answers, beside an empty ASGI application and the bare forward loop, by `wrk`."""
 
 import contextlib
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from http.client import HTTPConnection
 from pathlib import Path
 
 import torch
@@ -15,12 +11,12 @@ from rich.progress import track
 from benchmarks import models
 from benchmarks.forward_loop import best_rows_per_s
 from benchmarks.report import Row, over
+from benchmarks.servers import CONSTANT_PORT, SERVICE_PORT, constant, service, url
 from benchmarks.wrk import available, load
 from emaswap import Architecture, Publisher
 
 _RUNS = 5
 _SECONDS = 3.0
-_SERVICE, _CONSTANT = 8791, 8792
 
 
 def measure() -> list[Row]:
@@ -33,12 +29,12 @@ def measure() -> list[Row]:
 def _measure_mlp() -> list[Row]:
     request = {"inputs": [[round(value, 6) for value in torch.rand(64).tolist()]]}
     runs = []
-    with _service("Mlp", 64), _constant():
+    with _serving("Mlp", 64), constant():
         for _ in track(range(_RUNS), "MLP beside an empty application"):
             run = []
             for connections, bar in ((64, 1.0), (16, 0.75), (1, None)):
-                floor = load(_url(_CONSTANT), request, connections=connections, seconds=_SECONDS)
-                ours = load(_url(_SERVICE), request, connections=connections, seconds=_SECONDS)
+                floor = load(url(CONSTANT_PORT), request, connections=connections, seconds=_SECONDS)
+                ours = load(url(SERVICE_PORT), request, connections=connections, seconds=_SECONDS)
                 if ours.errors:
                     raise RuntimeError(f"{ours.errors} requests were not answered right")
                 name = f"MLP, {connections} connections"
@@ -55,56 +51,24 @@ def _measure_mlp() -> list[Row]:
 def _measure_cnn() -> list[Row]:
     request = {"inputs": [[round(value, 6) for value in torch.rand(784).tolist()]]}
     runs = []
-    with _service("Cnn", 784):
+    with _serving("Cnn", 784):
         for _ in track(range(_RUNS), "CNN beside its forward loop"):
             floor = best_rows_per_s("Cnn", threads=1)
             run = []
             for connections, bar in ((64, 0.75), (16, None), (1, None)):
-                ours = load(_url(_SERVICE), request, connections=connections, seconds=_SECONDS)
+                ours = load(url(SERVICE_PORT), request, connections=connections, seconds=_SECONDS)
                 run.append(Row(f"CNN, {connections} connections", ours.per_s, "answers/s", floor, bar, at_least=True))
             runs.append(run)
     return over(runs)
 
 
 @contextlib.contextmanager
-def _service(model: str, width: int) -> Iterator[None]:
-    """A service of a network, ready, on its port."""
+def _serving(model: str, width: int) -> Iterator[None]:
+    """A service of a network, ready."""
     make = getattr(models, model)
     with tempfile.TemporaryDirectory(prefix="emaswap-bench-") as folder:
         store = Path(folder) / "store"
         with Publisher(store, name=model, architecture=Architecture.of(make), probe=torch.rand(4, width)) as publisher:
             publisher.publish(make())
-        with _process(
-            _SERVICE, "-m", "service", "--store", str(store), "--port", str(_SERVICE), "--trust", "benchmarks.*"
-        ):
+        with service(store):
             yield
-
-
-def _constant() -> contextlib.AbstractContextManager[None]:
-    return _process(_CONSTANT, "-m", "benchmarks.constant", str(_CONSTANT))
-
-
-@contextlib.contextmanager
-def _process(port: int, *arguments: str) -> Iterator[None]:
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
-    try:
-        _wait_until_ready(port)
-        yield
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _wait_until_ready(port: int, timeout_s: float = 60.0) -> None:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError), contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=5)) as client:
-            client.request("GET", "/readyz")
-            if client.getresponse().status == 200:
-                return
-        time.sleep(0.05)
-    raise TimeoutError(f"nothing was ready on port {port} within {timeout_s:g} s")
-
-
-def _url(port: int) -> str:
-    return f"http://127.0.0.1:{port}/predict"

@@ -124,6 +124,7 @@ def test_a_link_that_is_turned_to_another_store_is_followed(tmp_path: Path) -> N
     link, turned = tmp_path / "link", tmp_path / "turned"
     link.symlink_to("first")
     with serve(store=str(link), poll_s=0.05, admin_token_file=tmp_path / "token") as served:
+        served.wait_until_live(first.version)
         wait_until_answered_by(served, first)
         turned.symlink_to("second")
         turned.replace(link)
