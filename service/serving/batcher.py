@@ -103,6 +103,8 @@ class Batcher:
             except Exception as error:  # a fault of ours, which must not end the batches to come
                 self._tell_failed(batch, error)
                 continue
+            if isinstance(ran, Failure) and self._excuse(servable, batch, ran):
+                continue
             if not isinstance(ran, Ran) or self._forward.is_suspect(ran.outputs, self._slot):
                 self._running = asyncio.create_task(self._aside(servable, batch, inputs, ran), name="batch")
                 return
@@ -124,7 +126,9 @@ class Batcher:
         try:
             if ran is None:
                 ran = await self._forward.aside(servable, inputs, chunk=self._chunk())
-            if isinstance(ran, Failure):
+            if isinstance(ran, Failure) and self._excuse(servable, batch, ran):
+                tell = lambda: None  # noqa: E731
+            elif isinstance(ran, Failure):
                 results = await self._forward.explain(servable, [request.inputs for request in batch], ran)
                 tell = lambda: self._tell_each(batch, results, servable)  # noqa: E731
             else:
@@ -145,6 +149,14 @@ class Batcher:
         self.begin()  # first, so that the model works while answers are written
         tell()
         self.begin()
+
+    def _excuse(self, servable: Servable, batch: Sequence[Request], failure: Failure) -> bool:
+        """Refuse a lone request whose client has just sent another such; return whether that was possible."""
+        request = batch[0]
+        refusal = self._forward.excuse(servable, request.inputs, failure) if request.suspect else None
+        if refusal is not None:
+            request.asker.refused(request, refusal)
+        return refusal is not None
 
     def _withdraw(self, servable: Servable, error: BadVersion) -> None:
         self._slot.withdraw(servable)

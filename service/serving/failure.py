@@ -1,7 +1,6 @@
 """What went wrong in somebody else's `forward`: in words, and whose fault it can be."""
 
 import errno
-import traceback
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,9 +39,17 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
-        """Describe an exception, whatever it is."""
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+        """Describe an exception, whatever it is, and take its traceback from it.
+
+        A module may raise one and the same exception again and again, and each time the traceback would be longer.
+        """
+        place = ""
+        if (last := error.__traceback__) is not None:
+            while last.tb_next is not None:
+                last = last.tb_next
+            code = last.tb_frame.f_code
+            place = f"{code.co_filename}:{last.tb_lineno} in {code.co_name}"
+        error.__traceback__ = None
         return cls(describe(error), place, out_of_memory(error))
 
 

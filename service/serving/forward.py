@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -30,6 +30,10 @@ log = structlog.get_logger("emaswap.service")
 
 Result = TypeVar("Result")
 
+Beat = Callable[[Any], Any]
+
+# How long a version that has just answered its probe counts as whole for those who send it rubbish all the time.
+_PROOF_LASTS_S = 0.1
 # How long the end of the service waits for a batch that is still running.
 _LAST_BATCH_S = 1.0
 
@@ -52,6 +56,7 @@ class Forward:
         self._runner = Runner("emaswap-forward")
         self._watchdog: Watchdog | None = None
         self._as_odd: Identity | None = None
+        self._proven: tuple[Identity | None, float] = None, 0.0
         self._seldom = {cause: Seldom() for cause in Cause}
 
     def here(self, servable: Servable, inputs: Rows) -> Ran | Failure | None:
@@ -70,7 +75,7 @@ class Forward:
 
     async def aside(self, servable: Servable, inputs: Rows, *, chunk: int | None = None) -> Ran | Failure:
         """Run a batch on the thread, at most `chunk` rows at once. Raises `BadVersion` when the version hangs."""
-        ran = await self._within_time(servable, lambda: _run(servable, inputs, chunk=chunk))
+        ran = await self._within_time(servable, lambda _: _run(servable, inputs, chunk=chunk))
         assert ran is not None
         return ran
 
@@ -83,10 +88,20 @@ class Forward:
             return await self._blame(servable, requests, [failure])
         if not failure.memory:
             await self._prove(servable, failure)  # what is broken would fail with each of them
-        alone = [await self.aside(servable, request) for request in requests]
-        return await self._blame(
-            servable, requests, [one if isinstance(one, Failure) else one.outputs for one in alone]
-        )
+        alone = await self._within_time(servable, lambda beat: [beat(_run(servable, request)) for request in requests])
+        results = [one if isinstance(one, Failure) else one.outputs for one in alone if one is not None]
+        return await self._blame(servable, requests, results)
+
+    def excuse(self, servable: Servable, request: Rows, failure: Failure) -> Refusal | None:
+        """Return the refusal of a lone row that failed, without another look at the version; `None` if there must be one.
+
+        For requests of clients that send such rows all the time: their neighbours would wait for every look. A version
+        that breaks meanwhile is found out by the next failure of anybody else, or a moment later.
+        """
+        identity, until = self._proven
+        if failure.memory or count(request) > 1 or identity != servable.manifest.identity or time.monotonic() > until:
+            return None
+        return self._refuse(servable, failure, 0)
 
     def is_suspect(self, outputs: Rows, slot: Slot) -> bool:
         """Return whether a guarded version gave outputs that are not finite, which may be its inputs' fault or its own."""
@@ -151,10 +166,12 @@ class Forward:
 
     async def _prove(self, servable: Servable, suspect: Failure) -> Failure | None:
         """Raise `BadVersion` if the probe is not answered as recorded. Return a failure if memory is too short for it."""
-        verdict = await self._within_time(servable, lambda: _verdict(servable))
+        verdict = await self._within_time(servable, lambda _: _verdict(servable))
         if isinstance(verdict, BadVersion):
             self._note(Cause.VERSION, servable, suspect)
             raise BadVersion(verdict.reason, shorten(f"{verdict.detail}; a request had failed: {suspect.text}"))
+        if verdict is None:
+            self._proven = servable.manifest.identity, time.monotonic() + _PROOF_LASTS_S
         return verdict
 
     async def _row_at_fault(self, servable: Servable, request: Rows) -> int | None:
@@ -173,15 +190,30 @@ class Forward:
                 first, seen = middle, False
         return first
 
-    async def _within_time(self, servable: Servable, job: Callable[[], Result]) -> Result:
-        """Return what a job on the thread returns. Raises `BadVersion` when it takes too long."""
+    async def _within_time(self, servable: Servable, job: Callable[[Beat], Result]) -> Result:
+        """Return what a job on the thread returns. Raises `BadVersion` when one of its passes takes too long.
+
+        The job calls the function that it is given after each of its passes but the last, with what that gave.
+        """
+        began = time.monotonic()
+
+        def beat(ran: Any) -> Any:
+            nonlocal began
+            began = time.monotonic()
+            return ran
+
+        done = self._runner.begin(lambda: job(beat))
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._runner.run(job)
-        except TimeoutError:
-            self._runner.end()
-            self._runner = Runner("emaswap-forward")
-            raise self._timed_out(servable) from None
+            while (left_s := began + self._timeout_s - time.monotonic()) > 0 and not done.done():
+                await asyncio.wait({done}, timeout=left_s)
+            if done.done():
+                return done.result()
+        finally:
+            if not done.done():
+                done.cancel()
+        self._runner.end()
+        self._runner = Runner("emaswap-forward")
+        raise self._timed_out(servable)
 
     def _timed_out(self, servable: Servable) -> BadVersion:
         failure = Failure(f"a forward pass did not end within {self._timeout_s:g} s", "", memory=False)

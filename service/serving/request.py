@@ -27,16 +27,18 @@ class Asker(Protocol):
 class Request:
     """One request: `rows` rows of inputs, by name, that fit a signature.
 
-    `alone` is set for one that must share its batch with no other. `deadline` is on the clock of
+    `alone` is set for one that must share its batch with no other, `suspect` for one whose client has just sent what the
+    model cannot take. `deadline` is on the clock of
     `time.perf_counter`, in seconds; a request that has not begun by then is refused.
     """
 
-    __slots__ = ("alone", "asker", "deadline", "gone", "inputs", "rows", "signature", "size_bytes")
+    __slots__ = ("alone", "asker", "deadline", "gone", "inputs", "rows", "signature", "size_bytes", "suspect")
 
     def __init__(self, asker: Asker, deadline: float | None = None) -> None:
         self.asker = asker
         self.deadline = deadline
         self.alone = False
+        self.suspect = False
         self.gone = False
 
     def validated(self, inputs: Rows, rows: int, signature: Signature) -> None:

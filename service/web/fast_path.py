@@ -30,6 +30,8 @@ _MAX_KNOWN_HEADS = 1000
 _MAX_KNOWN_HEAD_BYTES = 4096
 _OFFER = frozenset({b"upgrade", b"connection", b"http2-settings"})
 _UNUSUAL = frozenset({b"expect", b"upgrade", b"transfer-encoding"})
+# Requests that a client has to send before they run together with those of others again.
+_PROBATION = 64
 _MAX_HEAD_BYTES = 64 << 10
 # How long, and for how many bytes, a client may go on with a body that was refused, so that it can read why.
 _LINGER_S = 5.0
@@ -108,6 +110,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._declining = False
         self._lingering = 0
+        self.probation = 0
         self.due: float | None = None
 
     # -- what the transport calls -------------------------------------------------------------------------------------
@@ -363,6 +366,9 @@ class _Current(Exchange):
         self._parts: list[bytes] = []
         self.is_complete = body is not None
         self.keep_alive = True
+        if connection.probation:
+            connection.probation -= 1
+            self.alone = self.suspect = True
 
     def take(self, part: bytes) -> bool:
         """Take a part of the body, and return whether there was room; it is not kept where the head is refused."""
@@ -390,6 +396,10 @@ class _Current(Exchange):
     def reply(self, status: int, lines: bytes, body: bytes) -> None:
         """Write the answer to the connection."""
         self._connection.write(status, lines, body)
+
+    def blame(self) -> None:
+        """Run the next requests of this client by themselves, so that its neighbours need not run again."""
+        self._connection.probation = _PROBATION
 
     def fail(self, _: Exception, /) -> None:
         """Write that the fault is ours."""

@@ -59,6 +59,9 @@ class Exchange(Request):
     def reply(self, status: int, lines: bytes, body: bytes) -> None:
         """Send the answer: its status, its headers besides the length as lines that end with CRLF, and its body."""
 
+    def blame(self) -> None:
+        """Note that the model could not take this request. What the same client sends next may be alike."""
+
     @abstractmethod
     def fail(self, error: Exception, /) -> None:
         """Send the answer to a request that met a fault of ours."""
@@ -101,7 +104,7 @@ class Predict(Asker):
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def arrive(self, exchange: Exchange) -> None:
-        """Take a request whose body is whole. It is answered later than in this call."""
+        """Take a request whose body is whole. What else arrives in this turn of the event loop joins it."""
         if not self._arrived:
             asyncio.get_running_loop().call_soon(self._turn)
         self._arrived.append(exchange)
@@ -128,7 +131,10 @@ class Predict(Asker):
 
     def refused(self, request: Request, refusal: Refusal) -> None:
         """Send the refusal."""
-        self.refuse(cast("Exchange", request), refusal)
+        exchange = cast("Exchange", request)
+        if refusal.code is Code.MODEL_REFUSED:
+            exchange.blame()
+        self.refuse(exchange, refusal)
 
     def superseded(self, request: Request, *, broken: bool) -> None:
         """Validate the request anew, for the version that is live by now."""

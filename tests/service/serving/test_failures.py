@@ -196,6 +196,29 @@ def test_a_bad_request_costs_its_neighbours_one_further_run(moody: Served) -> No
     assert failures(moody, "request") == before + 2
 
 
+def test_a_client_that_sends_bad_requests_all_the_time_runs_alone(moody: Served) -> None:
+    """After its first bad request, its next ones cost their neighbours no further run; good ones are still answered."""
+    live = moody.service.slot.current
+    assert live is not None
+    with httpx.Client(base_url=moody.url) as bad, ThreadPoolExecutor(4) as threads:
+        assert_refused(bad.post("/predict", json={"inputs": [row(10)]}), 422, "model_refused")
+        seen: list[float] = []
+        hook = live.module.register_forward_pre_hook(lambda _, rows: seen.extend(rows[0][:, 0].tolist()))
+        for index in range(20):
+            with live._turn:  # nothing runs
+                first = submit(threads, moody, [GOOD])
+                neighbour = threads.submit(moody.predict, [row(-100 - index)])
+                wait_for(lambda: moody.metric("emaswap_waiting_requests") == 1, what="a waiting request")
+                again = threads.submit(bad.post, "/predict", json={"inputs": [row(10)]})
+                wait_for(lambda: moody.metric("emaswap_waiting_requests") == 2, what="two waiting requests")
+            assert first.result(30).status_code == neighbour.result(30).status_code == 200
+            assert_refused(again.result(30), 422, "model_refused")
+        hook.remove()
+        assert {seen.count(-100 - index) for index in range(20)} == {1}
+        answer = bad.post("/predict", json={"inputs": [row(-500)]})
+        torch.testing.assert_close(torch.tensor(answer.json()["outputs"]), live.module(torch.tensor([row(-500)])))
+
+
 def test_refusals_of_the_model_are_logged_at_a_limited_rate(store: DirectoryStore) -> None:
     """However many bad requests come, few lines are written; each of them is counted."""
     put(store, Moody(), ROWS, ANY_SIZE)
@@ -323,7 +346,7 @@ def test_without_memory_for_the_probe_nobody_is_blamed(moody: Served) -> None:
             raise MemoryError
 
     hook = live.module.register_forward_pre_hook(run_out)
-    answer = moody.predict([row(10)])
+    answer = httpx.post(f"{moody.url}/predict", json={"inputs": [row(10)]})  # by a client that has done no wrong yet
     hook.remove()
     assert_refused(answer, 503, "out_of_memory")
     assert moody.live() == 1
