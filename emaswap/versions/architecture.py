@@ -180,7 +180,7 @@ def build(
     trusted: Iterable[str] = TRUSTED_BY_DEFAULT,
     like: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Return a new module in eval mode, with the weights that its factory gave it.
+    """Return a new module in eval mode, with the weights that its factory gave it, or none yet if it is to hold others.
 
     A factory that allocates much more than the tensors that it is to hold (`like`) is first run on the meta device, which
     has no memory, and refused there if its tensors are others. All others are run once.
@@ -225,12 +225,17 @@ def _made(factory: Callable[[], Any], like: Mapping[str, Tensor] | None) -> Any:
         with Bounded():
             return factory()
     expected = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
-    try:
-        with Bounded(_USUAL_FACTOR * expected + _USUAL_BYTES) as bounded:
-            made = factory()
-    except Exception:
-        if not bounded.exceeded:
-            raise
+    for to_be_filled in (True, False):
+        bounded = Bounded(_USUAL_FACTOR * expected + _USUAL_BYTES, to_be_filled=to_be_filled)
+        try:
+            with bounded:
+                made = factory()
+            break
+        except Exception:
+            if bounded.exceeded:
+                break
+            if not to_be_filled:  # a factory may look at the weights that it has drawn
+                raise
     if not bounded.exceeded:
         return made
     with torch.device("meta"):
