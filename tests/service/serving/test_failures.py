@@ -84,15 +84,18 @@ def submit(threads: ThreadPoolExecutor, served: Served, request: list[list[float
 
 
 def together(served: Served, requests: list[list[list[float]]]) -> list[httpx.Response]:
-    """The answers to requests that all wait while another one runs, so that they make one batch."""
+    """The answers to requests that all wait while another one runs, so that they make one batch.
+
+    They come from clients that have not sent anything yet.
+    """
     live = served.service.slot.current
     assert live is not None
-    with ThreadPoolExecutor(len(requests) + 1) as threads:
+    with httpx.Client(base_url=served.url, timeout=30) as fresh, ThreadPoolExecutor(len(requests) + 1) as threads:
         with live._turn:  # nothing runs
             first = submit(threads, served, [GOOD])
             answers: list[Future[httpx.Response]] = []
             for request in requests:
-                answers.append(threads.submit(served.predict, request))
+                answers.append(threads.submit(fresh.post, "/predict", json={"inputs": request}))
                 wait_for(lambda: served.metric("emaswap_waiting_requests") == len(answers), what="a waiting request")
         assert first.result(30).status_code == 200
         return [answer.result(30) for answer in answers]
