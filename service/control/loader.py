@@ -108,7 +108,11 @@ class Loader:
         except BadVersion as error:
             if is_shortage(error):
                 raise Short(str(error)) from None
-            if error.reason is Reason.FILE_MISSING and not self.store.has(manifest.version):
+            if error.reason is Reason.FILE_MISSING and self._was_pruned(manifest.version):
                 raise Missing(f"version {manifest.version} was pruned while it was being read") from None
             raise
         return Servable(manifest, module, fetched.probe, self._device, datetime.now(UTC), moved)
+
+    def _was_pruned(self, version: int) -> bool:
+        """Return whether a version has gone, or is one of which the manifest alone is kept: the first of a term."""
+        return not self.store.has(version) or self.store.newest() > version
