@@ -6,6 +6,9 @@ A pure account of measured times. Batches are told apart by size, in powers of t
 _QUICK_S = 1e-3
 """What the event loop can wait for. Longer batches run on a thread, while the loop reads and parses."""
 
+_SLOW_S = 10e-3
+"""One batch that takes longer is reason enough for the next to run on a thread, whatever the average is."""
+
 _AS_GOOD = 1.1
 """Batches whose time a row is within this factor of the best count as good: the larger, the fewer."""
 
@@ -45,7 +48,9 @@ class Pace:
         self._seen[size] = seen + 1
         self._batches += 1
         took = self._per_row[size] * (1 << size)
-        if took <= _QUICK_S:
+        if seconds > _SLOW_S:
+            self._quick.discard(size)
+        elif took <= _QUICK_S:
             self._quick.add(size)
         elif took > 1.5 * _QUICK_S:
             self._quick.discard(size)

@@ -50,6 +50,14 @@ def test_one_slow_batch_changes_nothing() -> None:
     assert pace.is_quick(1)
 
 
+def test_a_model_that_has_become_slow_blocks_the_event_loop_once() -> None:
+    """A version that is much slower than the one before is not waited for until the average has followed."""
+    pace = fed({1: 50})
+    for _ in range(30):
+        pace.note(1, 1.0)
+        assert not pace.is_quick(1)
+
+
 def test_only_what_is_known_to_be_quick_may_run_on_the_event_loop() -> None:
     """An unknown size is not quick; one that was is not any more when it becomes slow."""
     pace = fed({1: 50, 64: 30})
