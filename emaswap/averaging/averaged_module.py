@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from emaswap.averaging.held import Held, why_not_averaged
 from emaswap.averaging.plan import Plan
 from emaswap.errors import EmaError
 from emaswap.tensors import plain_name
@@ -76,10 +77,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def check_named(patterns: Iterable[str], module: nn.Module) -> None:
     """Raise `EmaError` for a pattern that names no tensor: a misspelt one would be averaged in silence."""
-    names = [plain_name(name) for name in module.state_dict()]
+    names = Held(module).state()  # and not those of `state_dict()`, which hooks may rename
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise EmaError(f"exclude={pattern!r} names nothing that is averaged: there are {', '.join(names[:10])} ...")
+            raise EmaError(
+                f"exclude={pattern!r} names nothing that is averaged: there are {', '.join(list(names)[:10])} ..."
+            )
 
 
 def check_averageable(model: nn.Module) -> None:
@@ -101,13 +104,7 @@ def _problem(tensor: Tensor) -> str | None:
         return "it is not initialized yet; run a forward pass before making the ModelEMA"
     if tensor.is_meta:
         return "it is on the meta device, without memory; materialize the model first"
-    if tensor.is_quantized:
-        return "it is quantized; average the model before it is quantized"
-    if tensor.layout is not torch.strided:
-        return f"its layout is {str(tensor.layout).removeprefix('torch.')}; keep it dense, or keep it out of the state"
-    if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
-        return "several of its numbers share memory, as expand() makes them; register a clone() of it"
-    return None
+    return why_not_averaged(tensor)
 
 
 def _averaged_dtype(tensor: Tensor, wanted: torch.dtype | None) -> torch.dtype:

@@ -6,7 +6,6 @@ Knows tensors, and nothing of schedules or of counting.
 import cmath
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,8 @@ Buffers = Literal["average", "copy"]
 # How many numbers of the model to take at a time into several averages, so that they are read from memory once: 4 MiB
 # of float32 stay in the processor's cache, and are enough that starting an operation costs little beside it.
 _SLICE = 1 << 20
+# What torch cannot add up in its own dtype, besides what has less than four bytes.
+_WIDE = {torch.complex32: torch.complex64}
 
 
 class Plan:
@@ -186,24 +187,56 @@ def _memory(tensor: Tensor) -> object:
 def _check_apart(averages: Mapping[str, Tensor]) -> None:
     """Raise `EmaError` where two tensors share a part of their memory, which would decay twice.
 
-    Tied ones share all of it. Tensors with gaps between their numbers, as columns of one matrix, may lie within one
-    another and share nothing.
+    Tied ones share all of it, number by number. Tensors with gaps between their numbers, as columns of one matrix, may
+    lie within one another and share nothing.
     """
-    spans = sorted(
-        (local.data_ptr(), local.data_ptr() + local.nbytes, name)
-        for name, local in ((name, local_part(each)) for name, each in averages.items())
-        if local.data_ptr() and local.is_contiguous()
-    )
-    for (_, end, name), (start, _, other) in pairwise(spans):
-        if start < end and _memory(averages[name]) != _memory(averages[other]):
-            raise EmaError(f"{name} and {other} share a part of their memory, which would decay twice: register clones")
+    apart = {_memory(each): (name, local_part(each)) for name, each in averages.items()}
+    tensors = sorted((each.data_ptr(), name, each) for name, each in apart.values() if each.numel() and each.data_ptr())
+    together: list[tuple[int, str, Tensor]] = []
+    end = 0
+    for start, name, tensor in tensors:
+        if start >= end:
+            together = []
+        for before, other, another in together:
+            if start < before + _extent(another) and _overlap(another, tensor, start - before):
+                raise EmaError(
+                    f"{other} and {name} share a part of their memory, which would decay twice: register clones"
+                )
+        together.append((start, name, tensor))
+        end = max(end, start + _extent(tensor))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return how many bytes lie between a tensor's first number and the end of its last."""
+    return (sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.itemsize
+
+
+def _overlap(first: Tensor, second: Tensor, distance: int) -> bool:
+    """Return whether two tensors, of which the second begins so many bytes after the first, share any byte."""
+    touched = torch.zeros(max(_extent(first), distance + _extent(second)), dtype=torch.bool)
+    views = [
+        touched.as_strided((*each.shape, each.itemsize), (*(step * each.itemsize for step in each.stride()), 1), offset)
+        for each, offset in ((first, 0), (second, distance))
+    ]
+    views[0].fill_(True)
+    return bool(views[1].any())
 
 
 def _check_alike(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    if found := differences(averages, weights, dtypes=None) or _sharded_differently(averages, weights):
+    if found := differences(averages, weights, dtypes=_fits) or _sharded_differently(averages, weights):
         raise EmaError(
             f"the model does not match its average: {in_words(found)}; make a ModelEMA of the model as it is now"
         )
+    if lost := [name for name, each in weights.items() if each.is_meta and not averages[name].is_meta]:
+        raise EmaError(f"{lost[0]} is on the meta device, without memory; materialize the model first")
+
+
+def _fits(average: torch.dtype, weight: torch.dtype) -> bool:
+    """Return whether numbers of one dtype can follow another's: those with a point may be wider or narrower."""
+    return average == weight or (
+        (average.is_floating_point or average.is_complex)
+        and (average.is_floating_point, average.is_complex) == (weight.is_floating_point, weight.is_complex)
+    )
 
 
 def _sharded_differently(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -219,7 +252,7 @@ def _buffer_names(model: nn.Module) -> set[str]:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether all numbers are finite: by a sum, which reads the tensor once, and one by one only if that overflows."""
-    total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
+    total = tensor.sum(dtype=_WIDE.get(tensor.dtype) or (torch.float32 if tensor.dtype.itemsize < 4 else None))
     if cmath.isfinite(total.item()):
         return True
     return bool((tensor if tensor.dtype.itemsize > 1 else tensor.float()).isfinite().all())

@@ -113,10 +113,15 @@ def quantized() -> nn.Module:
         (lambda: nn.Sequential(holding(torch.eye(2).to_sparse())), "0.held cannot be averaged"),
         (quantized, "average the model before it is quantized"),
         (dict, "expected a torch.nn.Module, got dict"),
+        (lambda: holding(torch.eye(2).to_mkldnn()), "its layout is _mkldnn; keep it dense"),
+        (lambda: holding(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])), "its layout is nested"),
+        (lambda: holding(torch.empty(2, dtype=torch.int4)), "torch cannot compute with int4; keep it out of the state"),  # type: ignore[attr-defined]
+        (lambda: holding(torch.empty(2, dtype=torch.float4_e2m1fn_x2)), "torch cannot compute with float4_e2m1fn_x2"),
         (lambda: nn.LazyLinear(2), "run a forward pass before"),
         (lambda: nn.Linear(2, 2, device="meta"), "materialize the model first"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_model_that_cannot_be_averaged_is_refused_at_once(make: Callable[[], nn.Module], advice: str) -> None:
     """The error names the part, and says what to do."""
     with pytest.raises(EmaError, match=advice):
@@ -132,6 +137,7 @@ def test_a_model_that_cannot_be_averaged_is_refused_at_once(make: Callable[[], n
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
+        (torch.complex32, torch.complex64),
         (torch.complex64, torch.complex64),
         (torch.complex128, torch.complex128),
     ],

@@ -21,10 +21,24 @@ class Views(nn.Module):
         self.register_buffer("second", second(memory))
 
 
-def test_tensors_that_overlap_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda memory: memory[:3], lambda memory: memory[1:]),
+        (lambda memory: memory, lambda memory: memory.t()),
+        (lambda memory: memory, lambda memory: memory.view(2, 8)),
+        (lambda memory: memory, lambda memory: memory[1, 2]),
+        (lambda memory: memory[:, :3], lambda memory: memory[:, 2:]),
+        (lambda memory: memory, lambda memory: memory.view(torch.int16)),
+    ],
+    ids=["rows", "transposed", "reshaped", "one number", "columns", "other dtype"],
+)
+def test_tensors_that_overlap_are_refused(
+    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
+) -> None:
     """What two tensors share would decay twice."""
-    with pytest.raises(EmaError, match="first and second share a part of their memory"):
-        ModelEMA(model := Views(lambda memory: memory[:3], lambda memory: memory[1:])).update(model)
+    with pytest.raises(EmaError, match="(first and second|second and first) share a part of their memory"):
+        ModelEMA(model := Views(first, second)).update(model)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +47,9 @@ def test_tensors_that_overlap_are_refused() -> None:
         (lambda memory: memory[:2], lambda memory: memory[2:]),
         (lambda memory: memory[:, :2], lambda memory: memory[:, 2:]),
         (lambda memory: memory, lambda memory: memory),
+        (lambda memory: memory, lambda memory: memory[2:2]),
     ],
-    ids=["halves", "columns", "tied"],
+    ids=["halves", "columns", "tied", "empty"],
 )
 def test_tensors_of_one_memory_that_do_not_overlap_are_averaged_once(
     first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
@@ -46,7 +61,7 @@ def test_tensors_of_one_memory_that_do_not_overlap_are_averaged_once(
         for buffer in model.buffers():
             buffer.fill_(3.0)
     ema.update(model)
-    assert [buffer.unique().tolist() for buffer in ema.ema.state_dict().values()] == [[2.0], [2.0]]
+    assert all((buffer == 2.0).all() for buffer in ema.ema.state_dict().values())
 
 
 def test_another_view_of_the_same_memory_is_noticed() -> None:
@@ -57,6 +72,82 @@ def test_another_view_of_the_same_memory_is_noticed() -> None:
     model.weight.data = model.weight.data.t()
     ema.update(model)
     torch.testing.assert_close(ema.ema.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_rows_that_were_cut_off_are_noticed() -> None:
+    """A weight of which only the first rows are kept has the same address and strides, and is another."""
+    model = nn.Linear(3, 3, bias=False)
+    ema = ModelEMA(model)
+    ema.update(model)
+    model.weight.data = model.weight.data[:2]
+    with pytest.raises(EmaError, match=r"wrong shape: weight \(expected \[3, 3\], got \[2, 3\]\)"):
+        ema.update(model)
+
+
+def test_another_view_in_a_block_is_changed_back() -> None:
+    """A weight cut down inside `swapped_into` has all its rows again after it."""
+    model = nn.Linear(3, 3, bias=False)
+    ema, own = ModelEMA(model), model.weight.detach().clone()
+    with ema.swapped_into(model):
+        model.weight.data = model.weight.data[:2]
+    assert torch.equal(model.weight, own)
+
+
+def one_buffer(tensor: Tensor, *, persistent: bool = True) -> nn.Module:
+    """A module with a weight and a buffer."""
+    model = nn.Linear(1, 1)
+    model.register_buffer("held", tensor, persistent=persistent)
+    return model
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_buffer_that_becomes_state_or_no_longer_is_some_is_noticed(*, persistent: bool) -> None:
+    """The same tensor registered anew is averaged from then on or not at all, and the average must know."""
+    model = one_buffer(torch.ones(2), persistent=persistent)
+    ema = ModelEMA(model)
+    ema.update(model)
+    model.register_buffer("held", model.held, persistent=not persistent)  # type: ignore[arg-type]
+    with pytest.raises(EmaError, match=f"{'missing' if persistent else 'unexpected'} tensor: held"):
+        ema.update(model)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (torch.ones(2), torch.ones(2) * 1j, r"held \(expected float32, got complex64\)"),
+        (torch.ones(2), torch.ones(2, dtype=torch.int64), r"held \(expected float32, got int64\)"),
+        (torch.tensor([1, 2]), torch.tensor([1.5, 2.5]), r"held \(expected int64, got float32\)"),
+        (torch.tensor([1, 2], dtype=torch.int8), torch.tensor([300, 2]), r"held \(expected int8, got int64\)"),
+        (torch.ones(2), torch.ones(2).to_sparse(), "held cannot be averaged: its layout is sparse_coo"),
+        (torch.ones(2), torch.ones(2, device="meta"), "held is on the meta device"),
+        (torch.ones(2), torch.ones(1).expand(2), "held cannot be averaged: several of its numbers share memory"),
+    ],
+    ids=["complex", "integer", "a float", "a wider integer", "sparse", "meta", "expanded"],
+)
+def test_a_buffer_that_becomes_of_another_kind_is_an_error(before: Tensor, after: Tensor, message: str) -> None:
+    """Its imaginary part, its fraction or its upper half would be dropped."""
+    model = one_buffer(before)
+    ema = ModelEMA(model)
+    ema.update(model)
+    model.held = after
+    with pytest.raises(EmaError, match=message):
+        ema.update(model)
+
+
+def test_names_that_a_hook_changes_are_excluded_as_the_module_has_them() -> None:
+    """A hook renames what `state_dict()` returns; the average goes by the module's own names, and says so."""
+
+    def rename(_: nn.Module, state: dict[str, Any], *__: object) -> None:
+        state["kopf"] = state.pop("held")
+
+    model = one_buffer(torch.ones(2))
+    model.register_state_dict_post_hook(rename)  # type: ignore[no-untyped-call]
+    with pytest.raises(EmaError, match=r"exclude='kopf' names nothing that is averaged: there are .*held"):
+        ModelEMA(model, exclude="kopf")
+    ema = ModelEMA(model, decay=lambda _: 1.0, exclude="held")
+    model.held = torch.full((2,), 5.0)
+    ema.update(model)
+    assert torch.equal(ema.ema.held, model.held)  # type: ignore[arg-type]
 
 
 def test_a_saved_state_with_nans_is_refused() -> None:
