@@ -24,6 +24,7 @@ def averaged_module(
 ) -> nn.Module:
     """Return a module like the model, with its present state, to average in. Raises `EmaError` when none can be made."""
     check_averageable(model)
+    check_device(device)
     if factory is None:
         try:
             average = copy.deepcopy(model)
@@ -46,10 +47,18 @@ def averaged_module(
     return average
 
 
+def check_device(device: object) -> None:
+    """Raise `EmaError` for a device that torch does not know or has not got."""
+    try:
+        torch.empty(0, device=device)  # type: ignore[call-overload]
+    except Exception as error:  # each device says in its own way that it is not there
+        raise EmaError(f"a device is one of torch's, as 'cpu' or 'cuda:0', got {device!r}: {error}") from error
+
+
 def convert(average: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
     """Move an average to a device, and its floating-point state to a dtype; half precision to float32 if none is named."""
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-        raise EmaError(f"an average is kept in a floating-point dtype of torch, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise EmaError(f"an average is kept in a floating-point dtype of torch of at least 16 bits, got {dtype}")
     average._apply(lambda tensor: tensor.to(device, _averaged_dtype(tensor, dtype)))  # type: ignore[no-untyped-call]
 
 

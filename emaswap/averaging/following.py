@@ -32,6 +32,10 @@ class Following:
             )
         return stepped
 
+    def give_back(self) -> None:
+        """Count the step that `has_stepped` told of once more: nothing came of it."""
+        self._stepped = True
+
     def forget(self) -> None:
         """Take no notice of what has changed the weights since this was last asked."""
         self._seen = None

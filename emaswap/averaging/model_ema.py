@@ -7,11 +7,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Self, get_args
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from emaswap.averaging.averaged_module import averaged_module, check_named, convert, reshard, unwrap
+from emaswap.averaging.averaged_module import averaged_module, check_device, check_named, convert, reshard, unwrap
 from emaswap.averaging.following import Following
 from emaswap.averaging.plan import Buffers, Plan
 from emaswap.averaging.saved import check_saved, load_all
@@ -28,6 +29,9 @@ from emaswap.averaging.schedule import (
 from emaswap.errors import EmaError
 
 log = logging.getLogger(__name__)
+
+# The modules that have averaged weights just now, whichever average swapped them in.
+_SWAPPED: WeakSet[nn.Module] = WeakSet()
 
 
 class ModelEMA:
@@ -103,6 +107,8 @@ class ModelEMA:
         self._skipped_on_device: Tensor | None = None
         self._told_of_skipped = False
         self._following: Following | None = None
+        self._forgot_optimizer = False
+        self._decay_since = 0
         self._swapped = False
         self._plan: Plan | None = None
 
@@ -114,7 +120,15 @@ class ModelEMA:
     @decay.setter
     def decay(self, decay: float | Schedule | Callable[[float], float]) -> None:
         # A number that is set later is meant from now on: a ramp up to it would begin anew.
-        self._decay = Constant(float(decay)) if is_number(decay) else as_schedule(decay)  # type: ignore[arg-type]
+        new = Constant(float(decay)) if is_number(decay) else as_schedule(decay)  # type: ignore[arg-type]
+        if new != self._decay:
+            self._decay_since = self.updates
+        self._decay = new
+
+    @property
+    def decay_since(self) -> int:
+        """The updates before the present schedule was set; 0 where it is that of all. A saved state does not know it."""
+        return self._decay_since
 
     @property
     def module(self) -> nn.Module:
@@ -142,11 +156,20 @@ class ModelEMA:
     def to(self, *to: Any, **options: Any) -> Self:
         """Move the averages to a device, or their floating-point state to a dtype, as `nn.Module.to` takes them.
 
-        The model may be elsewhere: each update then moves its weights. Raises `EmaError` for a dtype that is not of floats.
+        The model may be elsewhere: each update then moves its weights. Without a dtype, each tensor keeps its own. Raises
+        `EmaError` for a device that is not there, and for a dtype that an average cannot be kept in.
         """
-        device, dtype, *_ = torch._C._nn._parse_to(*to, **options)
+        try:
+            device, dtype, _, memory_format = torch._C._nn._parse_to(*to, **options)
+        except (TypeError, RuntimeError) as error:
+            raise EmaError(f"to() takes a device, a dtype or a tensor that has them: {error}") from error
+        check_device(device)
+        if device is not None and device.type == "meta":
+            raise EmaError("the meta device holds no numbers, so that the average would be lost: name another device")
         for average in (self.ema, *self.variants.values()):
-            convert(average, device, dtype)
+            if dtype is not None:
+                convert(average, device, dtype)
+            average.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         return self
 
     @torch.no_grad()
@@ -157,13 +180,26 @@ class ModelEMA:
         optimizer made no step. On CUDA the guard works on the device, without waiting: there, an update that it leaves
         out is counted among `updates`, too.
 
-        Raises `EmaError` when the model's state and the average's do not have the same names and shapes.
+        Raises `EmaError` when the model's state and the average's do not have the same names and shapes. The optimizer's
+        step still counts then, once that is mended.
         """
-        if self._swapped:
-            raise EmaError("update() inside swapped_into(): the model has the averaged weights there, not its own")
         model = unwrap(model)
-        if self._following is not None and not self._following.has_stepped(model):
+        if self._swapped or (_SWAPPED and not _SWAPPED.isdisjoint(model.modules())):
+            raise EmaError("update() inside swapped_into(): the model has the averaged weights there, not its own")
+        if self._forgot_optimizer:
+            self._forgot_optimizer = False
+            log.warning("a copy of an average follows no optimizer, so each update counts: call follow() on it, too")
+        if self._following is None:
+            return self._take_in(model)
+        if not self._following.has_stepped(model):
             return False
+        try:
+            return self._take_in(model)
+        except BaseException:
+            self._following.give_back()
+            raise
+
+    def _take_in(self, model: nn.Module) -> bool:
         plan = self._planned(model)
         if self._behind + 1 < self.update_every:
             self.updates += 1
@@ -203,6 +239,7 @@ class ModelEMA:
             )
         if self._following is None:
             self._following = Following()
+        self._forgot_optimizer = False
         self._following.add(optimizer)
 
     @property
@@ -242,6 +279,8 @@ class ModelEMA:
         plan = self._planned(model)
         pairs = plan.pairs(names.index(variant))
         own = [weight.clone() for weight, _ in pairs]
+        swapped = WeakSet(each for each in model.modules() if each not in _SWAPPED)
+        _SWAPPED.update(swapped)
         self._swapped = True
         try:
             with torch.no_grad():
@@ -250,6 +289,7 @@ class ModelEMA:
             yield
         finally:
             self._swapped = False
+            _SWAPPED.difference_update(swapped)
             if self._following is not None:
                 self._following.forget()
             with torch.no_grad():
@@ -313,7 +353,7 @@ class ModelEMA:
             [whole["ema"], *(variants[name]["ema"] for name in self.variants)],
             finite=self.guard,
         )
-        self.decay, self.schedules = decay, schedules
+        self._decay, self._decay_since, self.schedules = decay, 0, schedules
         self.update_every, self.updates, self._behind = whole["update_every"], whole["updates"], whole["behind"]
         self._skipped, self._skipped_on_device = whole["skipped"], None
         self._plan = None  # what is not finite in the averages may be elsewhere now
@@ -321,7 +361,8 @@ class ModelEMA:
     def __getstate__(self) -> dict[str, object]:
         # The plan points into a live model; it is rebuilt at the next update. A followed optimizer does not come along,
         # nor does a model with weights swapped into it.
-        return {**self.__dict__, "_plan": None, "_following": None, "_swapped": False}
+        forgot = self._forgot_optimizer or self._following is not None
+        return {**self.__dict__, "_plan": None, "_following": None, "_forgot_optimizer": forgot, "_swapped": False}
 
     def _planned(self, model: nn.Module) -> Plan:
         averages = [self.ema, *self.variants.values()]

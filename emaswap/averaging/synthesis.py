@@ -47,6 +47,13 @@ class Snapshot:
     @classmethod
     def of(cls, ema: ModelEMA, variant: str | None = None) -> Self:
         """Return a copy on the CPU of an average, or of one of its variants, as it is now."""
+        if not isinstance(ema, ModelEMA):
+            raise EmaError(f"a snapshot is of a ModelEMA, got {type(ema).__name__}")
+        if variant is None and ema.decay_since:
+            raise EmaError(
+                f"the decay was set to {ema.decay!r} after {ema.decay_since} updates, so that it is not that of all: make "
+                "Snapshot(schedule, updates, tensors) with a function that gives the decay of each update"
+            )
         if variant is not None and variant not in ema.variants:
             raise EmaError(f"no variant {variant!r}: there are {', '.join(ema.variants) or 'none'}")
         module, schedule = (ema.ema, ema.decay) if variant is None else (ema.variants[variant], ema.schedules[variant])

@@ -178,7 +178,11 @@ def test_every_dtype_of_numbers_is_averaged(dtype: torch.dtype, kept: torch.dtyp
         ({"variants": {"slow": 1.5}}, "expected a decay in"),
         ({"exclude": ["wieght"]}, "exclude='wieght' names nothing"),
         ({"exclude": "wieght"}, "exclude='wieght' names nothing"),
-        ({"dtype": torch.int64}, "floating-point dtype of torch, got torch.int64"),
+        ({"dtype": torch.int64}, "floating-point dtype of torch of at least 16 bits, got torch.int64"),
+        ({"dtype": torch.float8_e5m2}, "floating-point dtype of torch of at least 16 bits, got torch.float8_e5m2"),
+        ({"device": "gpu"}, "a device is one of torch's, .* got 'gpu'"),
+        ({"device": 3.5}, "a device is one of torch's, .* got 3.5"),
+        ({"device": []}, "a device is one of torch's"),
     ],
     ids=str,
 )
@@ -298,8 +302,38 @@ def test_an_average_can_be_moved(to: tuple[Any, ...]) -> None:
         dtypes = {tensor.dtype for tensor in module.state_dict().values()}
         assert dtypes == {torch.float64, torch.int64}
     assert ema.update(model) is True
-    with pytest.raises((EmaError, TypeError)):
-        ema.to(torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_model", [torch.bfloat16, torch.float32], ids=lambda dtype: f"model {dtype}")
+def test_an_average_that_is_moved_to_a_device_keeps_its_dtype(dtype: torch.dtype, of_model: torch.dtype) -> None:
+    """Only a dtype that is named converts: neither the model's nor the width that is the default."""
+    model = nn.Linear(2, 1, dtype=of_model)
+    model.register_buffer("wave", torch.tensor([1 + 2j]))
+    ema = ModelEMA(model, Constant(0.5), dtype=dtype).to("cpu")
+    assert [tensor.dtype for tensor in ema.ema.state_dict().values()] == [dtype, dtype, torch.complex64]
+    ema.to(memory_format=torch.channels_last)
+    assert ema.ema.state_dict()["wave"].item() == 1 + 2j
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        (torch.int64, "at least 16 bits, got torch.int64"),
+        (torch.float8_e5m2, "at least 16 bits, got torch.float8_e5m2"),
+        ("gpu", "to\\(\\) takes a device, a dtype"),
+        ([], "to\\(\\) takes a device, a dtype"),
+        ("meta", "the meta device holds no numbers"),
+    ],
+    ids=str,
+)
+def test_an_average_cannot_be_moved_to_what_cannot_hold_it(to: Any, message: str) -> None:
+    """The error says what there is to move to, and the average stays where it is, as it is."""
+    model = nn.Linear(2, 1)
+    ema = ModelEMA(model)
+    with pytest.raises(EmaError, match=message):
+        ema.to(to)
+    assert torch.equal(ema.ema.state_dict()["weight"], model.weight)
 
 
 @pytest.mark.parametrize(

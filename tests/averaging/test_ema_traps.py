@@ -402,8 +402,9 @@ def test_counters_are_plain_numbers() -> None:
 def test_no_update_waits_for_a_device(decay: float) -> None:
     """On the "meta" device no number can be read at all, and updates go on, guard and all; only `skipped` must wait."""
     model = Everything()
-    ema = ModelEMA(model, Constant(decay), variants={"short": Constant(0.5)}, update_every=2).to("meta")
-    model.to("meta")
+    ema = ModelEMA(model, Constant(decay), variants={"short": Constant(0.5)}, update_every=2)
+    for module in (ema.ema, *ema.variants.values(), model):
+        module.to("meta")
     with torch.library._scoped_library("aten", "IMPL", "Meta") as library:
         library.impl("_fused_sgd_", lambda *_, **__: None)  # torch has none, and there is nothing to compute
         assert [ema.update(model) for _ in range(4)] == [False, True] * 2
@@ -586,6 +587,26 @@ def test_a_block_that_fails_gives_the_model_its_own_weights_back() -> None:
     assert_same(model, own)
     assert model.training
     assert ema.update(model) is True
+
+
+@pytest.mark.parametrize("part", ["whole", "a part", "what holds it"])
+def test_weights_that_another_average_swapped_in_are_not_averaged(part: str) -> None:
+    """Whoever put them there, they are not the model's own; after the block, and not before it, updates go on."""
+    model = nn.Sequential(nn.Sequential(one(0.0)))
+    swapped, updated = {
+        "whole": (model, model),
+        "a part": (model, model[0]),
+        "what holds it": (model[0], model),
+    }[part]
+    first, second, inner = ModelEMA(swapped), ModelEMA(updated, Constant(0.5)), ModelEMA(swapped)
+    nn.init.constant_(model[0][0].weight, 8.0)  # type: ignore[index]
+    with first.swapped_into(swapped):
+        with inner.swapped_into(swapped):
+            pass
+        with pytest.raises(EmaError, match="inside swapped_into"):
+            second.update(updated)
+    assert second.update(updated) is True
+    assert [tensor.item() for tensor in second.ema.state_dict().values()] == [4.0]
 
 
 def _half(model: nn.Module) -> None:

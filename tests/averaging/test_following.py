@@ -1,12 +1,15 @@
 """Following optimizers: what happens when another one takes over."""
 
+import copy
 import logging
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from emaswap import Constant, ModelEMA
+from emaswap import Constant, EmaError, ModelEMA
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -86,3 +89,37 @@ def test_a_fused_step_that_a_scaler_leaves_out_is_no_reason_to_warn(caplog: pyte
             ema.update(model)
     assert ema.updates == 2
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))], ids=["copy", "pickle"])
+def test_a_copy_that_follows_nothing_says_so(
+    caplog: pytest.LogCaptureFixture, again: Callable[[ModelEMA], ModelEMA]
+) -> None:
+    """An optimizer does not come along with a copy: its first update is a warning, unless it follows one itself."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ModelEMA(model)
+    ema.follow(optimizer)
+    forgetful, following, plain = again(again(ema)), again(ema), again(ModelEMA(model))
+    following.follow(optimizer)
+    with caplog.at_level(logging.WARNING):
+        assert [each.update(model) for each in (following, plain)] == [False, True]
+        assert caplog.records == []
+        assert [forgetful.update(model) for _ in range(2)] == [True, True]
+    [record] = caplog.records
+    assert "follows no optimizer, so each update counts: call follow()" in record.getMessage()
+
+
+def test_a_step_whose_update_failed_still_counts() -> None:
+    """When the model is as it should be again, the average takes in what the optimizer did, once."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ModelEMA(model)
+    ema.follow(optimizer)
+    train(model, optimizer)
+    model.register_buffer("more", torch.ones(1))
+    with pytest.raises(EmaError, match="unexpected tensor: more"):
+        ema.update(model)
+    del model.more
+    assert [ema.update(model) for _ in range(2)] == [True, False]
+    assert ema.updates == 1

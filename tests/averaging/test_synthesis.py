@@ -489,6 +489,27 @@ def test_too_large_an_error_is_refused_before_anything_is_read() -> None:
     assert synthesize(accepted, NARROW, max_error=error * 1.01)["w"].item() == 1
 
 
+def test_a_snapshot_after_another_decay_was_set_is_refused() -> None:
+    """The schedule is that of the later updates only; a function that knows both gives what was averaged."""
+    model = Vector(1)
+    ema = ModelEMA(model, variants={"slow": Constant(0.9)})
+    ema.decay = Constant(0.5)
+    for update in range(1, 21):
+        if update == 11:
+            ema.decay = Constant(0.5)
+            Snapshot.of(ema)
+            ema.decay = Constant(0.8)
+        with torch.no_grad():
+            model.weight.fill_(update)
+        ema.update(model)
+    Snapshot.of(ema, "slow")
+    with pytest.raises(EmaError, match=r"set to Constant\(decay=0.8\) after 10 updates"):
+        Snapshot.of(ema)
+    tensors = {name: tensor.clone() for name, tensor in ema.ema.state_dict().items()}
+    profile = profile_weights(lambda update: 0.5 if update <= 10 else 0.8, 20)  # type: ignore[arg-type]
+    assert tensors["weight"].item() == pytest.approx(profile @ np.arange(21))
+
+
 def test_a_snapshot_of_a_variant_that_is_not_there_is_refused() -> None:
     """The error names the variants there are."""
     ema = ModelEMA(Linear(), WIDE, variants={"narrow": NARROW})
