@@ -26,6 +26,24 @@ class Two(nn.Module):
         return out
 
 
+class Several(Two):
+    """The same, of any number of inputs."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalize the first."""
+        out: Tensor = self.norm(inputs[0])
+        return out
+
+
+class Named(Two):
+    """The same, one of them by name only."""
+
+    def forward(self, a: Tensor, *, b: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalize the sum."""
+        out: Tensor = super().forward(a, b)
+        return out
+
+
 class Anything(Two):
     """The same, by any names."""
 
@@ -58,6 +76,8 @@ def mean_of(module: nn.Module) -> Tensor:
         pytest.param(Two, DataLoader(TensorDataset(ROWS, ROWS, LABELS), 4), 2 * ROWS, id="two and labels"),
         pytest.param(Two, [{"a": ROWS, "b": ROWS, "labels": 3}], 2 * ROWS, id="two by name"),
         pytest.param(Two, [UserDict(b=ROWS, a=ROWS, scale=torch.tensor(2.0))], 4 * ROWS, id="with the optional one"),
+        pytest.param(Several, [ROWS], ROWS, id="any number, of which one is there"),
+        pytest.param(Named, [{"a": ROWS, "b": ROWS}], 2 * ROWS, id="by name only"),
         pytest.param(Anything, [{"a": ROWS, "b": ROWS, "c": LABELS}], 2 * ROWS, id="any names"),
         pytest.param(lambda: torch.compile(one(), backend="eager"), [(ROWS, LABELS)], ROWS, id="compiled"),
     ],
@@ -82,13 +102,20 @@ def test_batches_of_any_kind_are_taken(make: Any, batches: Any, expected: Tensor
         pytest.param(one, [{"rows": ROWS}], "batch 1 has rows, and forward takes input", id="another name"),
         pytest.param(one, [{"input": "x"}], "batch 1 holds a str at 'input'", id="a text by name"),
         pytest.param(one, [{}], "batch 1 has nothing", id="an empty mapping"),
+        pytest.param(Two, [{"a": ROWS}], "batch 1 does not give forward.* missing .*'b'", id="a name that is missing"),
+        pytest.param(Named, [(ROWS, ROWS)], "batch 1 does not give forward.* missing .*'b'", id="only by name"),
+        pytest.param(Several, [(ROWS, LABELS)], "batch 1 has 2 tensors, and forward takes any number", id="any number"),
+        pytest.param(one, [ROWS, ROWS[:0]], "batch 2 is empty", id="no rows"),
+        pytest.param(one, None, "the batches are an iterable of them, .* got NoneType", id="no iterable"),
         pytest.param(Two, [(ROWS,)], "batch 1 has 1 tensors, and forward requires 2", id="one of two"),
     ],
 )
 def test_what_is_no_batch_changes_nothing(make: Any, batches: Any, message: str) -> None:
     """The error says which batch and what came; statistics, momentum and mode are as before."""
     module = make().train()
-    module(ROWS) if make is one else module(ROWS, ROWS)
+    Two.forward(module, ROWS, ROWS) if isinstance(module, Two) else module(ROWS)
+    if batches is None:
+        module.eval()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with pytest.raises(EmaError, match=message):
         recalibrate(module, batches)
@@ -105,3 +132,67 @@ def test_a_forward_pass_that_fails_changes_nothing() -> None:
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         recalibrate(module, [ROWS, ROWS[:1]])
     assert torch.equal(mean_of(module), before)
+
+
+class Stubborn(nn.Module):
+    """Normalizes twice, and keeps the mode it is in, or its first batch norm in eval mode."""
+
+    def __init__(self, *, freezes: bool) -> None:
+        super().__init__()
+        self.frozen, self.norm, self.drop = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.Dropout(0.5)
+        self.freezes = freezes
+
+    def train(self, mode: bool = True) -> "Stubborn":
+        """Stay in the mode."""
+        return self
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Normalize."""
+        if self.freezes:
+            self.frozen.eval()
+        out: Tensor = self.norm(self.drop(self.frozen(rows)))
+        return out
+
+
+def test_a_batch_norm_that_the_module_freezes_normalizes_by_its_own_statistics() -> None:
+    """What follows it is measured behind those, and it still has them afterwards."""
+    module = Stubborn(freezes=True)
+    nn.init.constant_(module.frozen.running_mean, 7.0)  # type: ignore[arg-type]
+    recalibrate(module, [ROWS])
+    torch.testing.assert_close(module.norm.running_mean, (ROWS - 7).mean(0), rtol=1e-4, atol=1e-4)
+    assert module.frozen.running_mean.tolist() == [7.0] * 3  # type: ignore[union-attr]
+
+
+def test_a_module_that_does_not_hand_its_mode_on_is_evaluated() -> None:
+    """Dropout is off while the statistics are measured, and batch norm is in eval mode afterwards."""
+    module = Stubborn(freezes=False)
+    state = torch.get_rng_state()
+    recalibrate(module, [ROWS])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(module.frozen.running_mean, ROWS.mean(0))
+    assert not any(each.training for each in module.modules())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite_are_measured_anew(bad: float) -> None:
+    """The first batch takes their place."""
+    module = one()
+    nn.init.constant_(module[0].running_var, bad)  # type: ignore[arg-type]
+    recalibrate(module, [ROWS])
+    torch.testing.assert_close(module[0].running_var, ROWS.var(0))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.InstanceNorm1d(3, track_running_stats=True), "0 is an InstanceNorm1d, whose running statistics"),
+        (nn.LazyBatchNorm1d, "0 has no statistics yet"),
+        (lambda: nn.BatchNorm1d(3, device="meta"), "0 has no statistics yet"),
+    ],
+    ids=["instance norm", "lazy", "meta"],
+)
+def test_statistics_that_cannot_be_measured_are_refused(make: Any, message: str) -> None:
+    """In words, rather than left as they were in silence."""
+    with pytest.raises(EmaError, match=message):
+        recalibrate(nn.Sequential(make()), [ROWS])
