@@ -35,6 +35,11 @@ class _Named:
     def describe(self) -> Description:
         return {"name": self.name, **{each.name: getattr(self, each.name) for each in fields(self)}}  # type: ignore[arg-type]
 
+    def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            if each.type is float:  # and nothing that a schedule derived from this one may hold besides
+                _check_number(f"{self.name}: {each.name}", getattr(self, each.name))
+
     def _check(self, *, holds: bool, expected: str) -> None:
         if not holds:
             raise EmaError(f"{self.name}: expected {expected}, got {self!r}")
@@ -48,11 +53,13 @@ class Constant(_Named):
     name = "constant"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(holds=0 <= self.decay <= 1, expected="a decay in [0, 1]")
 
     @classmethod
     def of_window(cls, window: float) -> Self:
         """Return the decay that averages over about `window` updates (at least 1): after so many, 1/e of the old is left."""
+        _check_number("a window", window)
         if not window >= 1:
             raise EmaError(f"a window is of at least 1 update, got {window}")
         return cls(1 - 1 / window)
@@ -60,6 +67,7 @@ class Constant(_Named):
     @classmethod
     def of_half_life(cls, half_life: float) -> Self:
         """Return the decay after whose `half_life` updates (above 0) half of the old average is left."""
+        _check_number("a half-life", half_life)
         if not half_life > 0:
             raise EmaError(f"a half-life is of more than 0 updates, got {half_life}")
         return cls(2 ** (-1 / half_life))
@@ -80,6 +88,7 @@ class ExponentialRamp(_Named):
     name = "exponential_ramp"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(holds=0 <= self.decay <= 1 and self.tau > 0, expected="a decay in [0, 1] and a tau above 0")
 
     def __call__(self, updates: float) -> float:
@@ -97,6 +106,7 @@ class CountRamp(_Named):
     name = "count_ramp"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(holds=0 <= self.decay <= 1, expected="a decay in [0, 1]")
 
     def __call__(self, updates: float) -> float:
@@ -118,6 +128,7 @@ class InverseGamma(_Named):
     name = "inverse_gamma"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(
             holds=0 <= self.minimum <= self.decay <= 1 and self.gamma > 0 and self.power > 0,
             expected="0 ≤ minimum ≤ decay ≤ 1, and gamma and power above 0",
@@ -140,6 +151,7 @@ class PowerFunction(_Named):
     name = "power_function"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(holds=self.gamma > -1 and math.isfinite(self.gamma), expected="a gamma above -1")
 
     @classmethod
@@ -148,6 +160,7 @@ class PowerFunction(_Named):
 
         Solves σ² = (γ+1)/((γ+2)²·(γ+3)), the variance of the density (γ+1)·t^γ on [0, 1], for the larger γ.
         """
+        _check_number("sigma_rel", sigma_rel)
         limit = 1 / math.sqrt(12)  # of the uniform average, γ = 0
         if not 0 < sigma_rel <= limit:
             raise EmaError(
@@ -181,6 +194,7 @@ class Scaled:
     def __post_init__(self) -> None:
         if not hasattr(self.schedule, "describe"):
             raise EmaError(f"what is scaled is a schedule, such as Constant(0.999), got {self.schedule!r}")
+        _check_number("kappa", self.kappa)
         if not self.kappa > 0:
             raise EmaError(f"kappa is the factor of the batch size, above 0; got {self.kappa}")
 
@@ -219,11 +233,17 @@ def is_number(value: object) -> bool:
     return True
 
 
+def _check_number(what: str, value: object) -> None:
+    if not is_number(value):
+        raise EmaError(f"{what} is a number that a float can hold, got {value!r}")
+
+
 def as_schedule(decay: object, tau: float = 2000.0) -> Schedule:
     """Return a schedule as it is, a function as `Custom`, and a number as the final decay of an `ExponentialRamp`.
 
     Raises `EmaError` for anything else.
     """
+    _check_number("tau", tau)
     if callable(decay) and not isinstance(decay, type):
         return cast("Schedule", decay) if hasattr(decay, "describe") else Custom(decay)
     if is_number(decay):
@@ -243,7 +263,7 @@ def make_schedule(name: str, /, **parameters: Any) -> Schedule:
 
     Raises `EmaError` for an unknown name or parameter, naming those there are.
     """
-    kind = _BY_NAME.get(name)
+    kind = _BY_NAME.get(name) if isinstance(name, str) else None
     if kind is None:
         raise EmaError(f"unknown schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
     kappa = parameters.pop("kappa", None)
@@ -260,6 +280,8 @@ def make_schedule(name: str, /, **parameters: Any) -> Schedule:
 
 def from_description(description: Mapping[str, Any]) -> Schedule:
     """Return the schedule that described itself so. Raises `EmaError` when it is none of this module's."""
+    if not all(isinstance(name, str) for name in description):
+        raise EmaError(f"a schedule is described by texts as names, got {', '.join(map(repr, description))}")
     parameters = dict(description)
     return make_schedule(str(parameters.pop("name", None)), **parameters)
 
@@ -276,7 +298,7 @@ def decay_at(schedule: Schedule, updates: int) -> float:
     found = schedule(updates)
     try:
         decay = math.nan if isinstance(found, (str, bool)) else float(found)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         decay = math.nan
     if not 0 <= decay <= 1:
         raise EmaError(f"a decay must be a number in [0, 1], and {schedule!r} gave {found!r} at update {updates}")

@@ -265,7 +265,7 @@ def test_a_schedule_is_made_by_its_name(name: str, parameters: dict[str, float],
         pytest.param("constant", {"beta": 1}, "constant takes decay, kappa: .*beta", id="unknown"),
         pytest.param("constant", {"name": 1}, "constant takes decay, kappa: .*name", id="called name"),
         pytest.param("constant", {"decay": 0.9, "tau": 1}, "constant takes decay, kappa: .*tau", id="another's"),
-        pytest.param("constant", {"decay": "long"}, "constant takes decay, kappa: ", id="not a number"),
+        pytest.param("constant", {"decay": "long"}, "constant: decay is a number .*, got 'long'", id="not a number"),
         pytest.param(
             "power_function", {"sigma": 0.1}, "power_function takes gamma, sigma_rel, kappa: .*sigma", id="misspelt"
         ),
@@ -273,7 +273,7 @@ def test_a_schedule_is_made_by_its_name(name: str, parameters: dict[str, float],
             "power_function", {"gamma": 1, "sigma_rel": 0.1}, "power_function takes gamma, sigma_rel, kappa", id="both"
         ),
         pytest.param("inverse_gamma", {"tau": 1}, "inverse_gamma takes decay, gamma, power, minimum, kappa", id="tau"),
-        pytest.param("constant", {"decay": 0.9, "kappa": "two"}, "constant takes decay, kappa", id="kappa of text"),
+        pytest.param("constant", {"decay": 0.9, "kappa": "two"}, "kappa is a number .*, got 'two'", id="kappa of text"),
     ],
 )
 def test_what_cannot_be_made_is_an_error_that_names_what_there_is(
@@ -282,6 +282,12 @@ def test_what_cannot_be_made_is_an_error_that_names_what_there_is(
     """Unknown names and parameters are answered with the known ones."""
     with pytest.raises(EmaError, match=message):
         make_schedule(name, **parameters)
+
+
+def test_a_description_whose_names_are_no_texts_is_an_error() -> None:
+    """What names there are is said."""
+    with pytest.raises(EmaError, match="described by texts as names, got 'name', 5"):
+        from_description({"name": "constant", 5: 1})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("description", [{}, {"decay": 0.9}, {"name": "mine", "decay": 0.9}], ids=str)
@@ -295,6 +301,19 @@ def test_a_description_of_no_known_schedule_is_an_error(description: dict[str, A
     ("make", "message"),
     [
         pytest.param(lambda: Constant(1.1), r"constant: expected a decay in \[0, 1\], got .*1.1", id="above 1"),
+        pytest.param(lambda: Constant(None), "constant: decay is a number .*, got None", id="none"),  # type: ignore[arg-type]
+        pytest.param(lambda: Constant(10**400), "constant: decay is a number that a float can hold", id="huge"),
+        pytest.param(
+            lambda: ExponentialRamp(0.9, "5"),  # type: ignore[arg-type]
+            "exponential_ramp: tau is a number .*, got '5'",
+            id="tau of text",
+        ),
+        pytest.param(lambda: PowerFunction(10**400), "power_function: gamma is a number", id="huge gamma"),
+        pytest.param(lambda: PowerFunction.from_sigma_rel(None), "sigma_rel is a number", id="no sigma_rel"),  # type: ignore[arg-type]
+        pytest.param(lambda: Constant.of_window("5"), "a window is a number", id="window of text"),  # type: ignore[arg-type]
+        pytest.param(lambda: Constant.of_half_life(None), "a half-life is a number", id="no half-life"),  # type: ignore[arg-type]
+        pytest.param(lambda: Scaled(Constant(0.9), 10**400), "kappa is a number", id="huge kappa"),
+        pytest.param(lambda: make_schedule([]), r"unknown schedule \[\]", id="no name"),  # type: ignore[arg-type]
         pytest.param(lambda: Constant(math.nan), r"constant: expected a decay in \[0, 1\]", id="nan"),
         pytest.param(lambda: ExponentialRamp(0.9, 0), "exponential_ramp: expected .* a tau above 0", id="tau"),
         pytest.param(lambda: ExponentialRamp(-0.1), "exponential_ramp: expected a decay", id="negative"),
