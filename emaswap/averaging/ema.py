@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class EMA(Generic[Value]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` returned. Raises `EmaError` for anything else, and has changed nothing then."""
         names = ["alpha", "count", "weight", "average"]
-        if not isinstance(state, Mapping) or sorted(state) != sorted(names):
+        if not isinstance(state, Mapping) or state.keys() != set(names):
             found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise EmaError(f"the state of an EMA has {', '.join(names)}; this one: {found or 'nothing'}")
         alpha, count, weight, average = (state[name] for name in names)
@@ -84,6 +84,7 @@ class EMA(Generic[Value]):
             raise EmaError(f"the state's average must be there after the first update and only then, got {average!r}")
         if average is not None and not isinstance(average, Tensor) and not is_number(average):
             raise EmaError(f"the state's average must be a number or a tensor, got {type(average).__name__}")
+        average = None if average is None else _averaged(average)
         self._alpha, self.count, self._weight, self._average = alpha, count, float(weight), average
 
 
@@ -96,17 +97,21 @@ def _checked_alpha(alpha: float) -> float:
 def _averaged(x: Value) -> Value:
     """Return an input in the dtype that it is averaged in."""
     if not isinstance(x, Tensor):
-        if not isinstance(x, Real):
-            raise EmaError(f"an EMA averages numbers or tensors, got {type(x).__name__}")
-        return cast("Value", float(x))
-    if x.is_quantized or x.layout is not torch.strided:
-        kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+        if not is_number(x) and not isinstance(x, bool):
+            problem = " that no float can hold" if isinstance(x, Real) else ""
+            raise EmaError(f"an EMA averages numbers or tensors, got {type(x).__name__}{problem}")
+        return float(x)
+    if x.is_quantized or x.is_nested or x.layout is not torch.strided:
+        kind = "quantized" if x.is_quantized else "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise EmaError(f"an EMA averages dense tensors, got one that is {kind}: make it dense first")
     if x.is_complex():
         return x.detach().to(torch.promote_types(x.dtype, torch.complex64))
     if x.is_floating_point() and x.dtype.itemsize > 2:
         return x.detach()
-    return x.detach().float()
+    try:
+        return x.detach().float()
+    except NotImplementedError:
+        raise EmaError(f"an EMA averages what torch can compute with, got {x.dtype}: make it float32 first") from None
 
 
 def _check_alike(average: float | Tensor, x: float | Tensor) -> None:

@@ -104,13 +104,13 @@ def why_not_averaged(tensor: Tensor) -> str | None:
         return f"its layout is {kind}; keep it dense, or keep it out of the state"
     if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
         return "several of its numbers share memory, as expand() makes them; register a clone() of it"
-    if not is_computed_with(tensor.dtype):
+    if not _is_computed_with(tensor.dtype):
         return f"torch cannot compute with {str(tensor.dtype).removeprefix('torch.')}; keep it out of the state"
     return None
 
 
 @cache
-def is_computed_with(dtype: torch.dtype) -> bool:
+def _is_computed_with(dtype: torch.dtype) -> bool:
     """Return whether torch can copy numbers of this dtype, and widen those with a point: some it can only store."""
     try:
         numbers = torch.empty(1, dtype=dtype).clone()

@@ -173,6 +173,9 @@ def test_an_alpha_of_1_forgets_a_nan() -> None:
         (1.0, torch.ones(()), "averages numbers, got tensors"),
         (1.0, "1", "numbers or tensors, got str"),
         (1.0, None, "numbers or tensors, got NoneType"),
+        (1.0, 10**400, "numbers or tensors, got int that no float can hold"),
+        (torch.ones(2), torch.empty(2, dtype=getattr(torch, "int4")), "compute with, got torch.int4"),  # noqa: B009
+        (torch.ones(2), torch.empty(2, dtype=torch.float4_e2m1fn_x2), "compute with, got torch.float4_e2m1fn_x2"),
         (torch.ones(1), [1.0], "numbers or tensors, got list"),
     ],
 )
@@ -200,6 +203,10 @@ def test_a_state_that_is_not_one_changes_nothing(name: str | None, bad: object) 
         return
     with pytest.raises(EmaError, match="state|alpha"):
         ema.load_state_dict(state)
+    with pytest.raises(EmaError, match="this one: .*5"):
+        ema.load_state_dict(other.state_dict() | {5: 1})  # type: ignore[arg-type]
+    with pytest.raises(EmaError, match="averages dense tensors"):
+        ema.load_state_dict(other.state_dict() | {"average": torch.eye(2).to_sparse()})
     assert ema.state_dict() == before
     if name:
         with pytest.raises(EmaError, match="this one: "):
