@@ -84,6 +84,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     raise EmaError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
+def as_names(names: object, option: str) -> tuple[str, ...]:
+    """Return one name or several as a tuple. Raises `EmaError` for what is neither."""
+    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
+    if wrong := [name for name in found if not isinstance(name, str)]:
+        raise EmaError(f"{option} takes a name or several, got {wrong[0]!r}")
+    return found
+
+
 def check_named(patterns: Iterable[str], module: nn.Module) -> None:
     """Raise `EmaError` for a pattern that names no tensor: a misspelt one would be averaged in silence."""
     names = Held(module).state()  # and not those of `state_dict()`, which hooks may rename

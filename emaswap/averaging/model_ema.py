@@ -6,16 +6,25 @@ Knows modules and tensors, and nothing of stores, versions or training loops.
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Self, get_args
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from emaswap.averaging.averaged_module import averaged_module, check_device, check_named, convert, reshard, unwrap
+from emaswap.averaging.averaged_module import (
+    as_names,
+    averaged_module,
+    check_device,
+    check_named,
+    convert,
+    reshard,
+    unwrap,
+)
 from emaswap.averaging.following import Following
 from emaswap.averaging.plan import Buffers, Plan
-from emaswap.averaging.saved import check_saved, load_all
+from emaswap.averaging.saved import MOST_UPDATES, check_saved, load_all
 from emaswap.averaging.schedule import (
     Constant,
     Schedule,
@@ -85,10 +94,14 @@ class ModelEMA:
         if buffers not in get_args(Buffers):
             raise EmaError(f"buffers is one of {', '.join(get_args(Buffers))}, got {buffers!r}")
         for name, number, least in (("update_every", update_every, 1), ("updates", updates, 0)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise EmaError(f"{name} is an integer of at least {least}, got {number!r}")
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= MOST_UPDATES:
+                raise EmaError(f"{name} is an integer of at least {least}, got {number!r} (and at most {MOST_UPDATES})")
         if variants is not None and not isinstance(variants, Mapping):
             raise EmaError(f"variants are schedules by name, got {type(variants).__name__}")
+        if variants is not None:
+            as_names(variants, "variants")
+        if factory is not None and (not callable(factory) or isinstance(factory, nn.Module)):
+            raise EmaError(f"factory is a function that makes another module, got {type(factory).__name__}")
         self._decay = as_schedule(decay, tau)
         self.schedules = {name: as_schedule(each, tau) for name, each in (variants or {}).items()}
         model = unwrap(model)
@@ -99,7 +112,7 @@ class ModelEMA:
         self.updates = updates
         self.update_every = update_every
         self.buffers: Buffers = buffers
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.exclude = as_names(exclude, "exclude")
         check_named(self.exclude, self.ema)
         self.guard = guard
         self._behind = 0
@@ -306,18 +319,18 @@ class ModelEMA:
     ) -> None:
         """Copy plain attributes (class names, strides, ...) from the model to the averages.
 
-        With `include`, just those; otherwise every public one that is not in `exclude`. The average's eval mode stays.
+        With `include`, just those; otherwise every public one that is not in `exclude`. The average's eval mode stays, and
+        so do attributes that hold parts of the model, or methods of them. Raises `EmaError` for a name that is no attribute.
         """
-        wanted, unwanted = set(include), {*exclude, "training"}
+        wanted, unwanted = set(as_names(include, "include")), {*as_names(exclude, "exclude"), "training"}
         model = unwrap(model)
+        parts = set(map(id, model.modules()))
         if missing := sorted(wanted - vars(model).keys()):
             raise EmaError(f"include names what {type(model).__name__} has no attribute for: {', '.join(missing)}")
         for name, value in vars(model).items():
             if name.startswith("_") or name in unwanted or (wanted and name not in wanted):
                 continue
-            if (
-                getattr(value, "__self__", None) is model
-            ):  # a method that was replaced would run the model, not the average
+            if _runs(value, parts):  # the average would run the model's weights under its own name
                 continue
             for module in (self.ema, *self.variants.values()):
                 setattr(module, name, value)
@@ -373,9 +386,22 @@ class ModelEMA:
         return self._plan
 
 
+def _runs(value: object, parts: set[int]) -> bool:
+    """Return whether a value is one of these modules (by id), a method of one, or holds some."""
+    held: Iterable[object] = [value]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        held = value
+    elif isinstance(value, Mapping):
+        held = value.values()
+    elif isinstance(value, partial):
+        held = [value.func, *value.args, *value.keywords.values()]
+    return any(id(getattr(each, "__self__", each)) in parts for each in held)
+
+
 def _restored(schedule: Schedule, description: Mapping[str, Any]) -> Schedule:
-    if description == schedule.describe():
-        return schedule
+    with suppress(ValueError, RuntimeError):  # arrays and tensors do not say whether they are equal
+        if description == schedule.describe():
+            return schedule
     try:
         return from_description(description)
     except EmaError as error:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from emaswap.errors import EmaError
 from emaswap.tensors import differences, in_words
 
+# A float, as schedules are given, tells all numbers up to here apart.
+MOST_UPDATES = 2**53
 _FIELDS = ("updates", "behind", "skipped", "update_every", "schedule", "ema", "variants")
 
 
@@ -15,8 +17,10 @@ def check_saved(state: object, variants: Sequence[str]) -> Mapping[str, Any]:
     """Return the state of a `ModelEMA` with these variants. Raises `EmaError` naming the first thing that is wrong."""
     whole = _fields_of("a ModelEMA", state, _FIELDS)
     for name, least in (("updates", 0), ("behind", 0), ("skipped", 0), ("update_every", 1)):
-        if type(whole[name]) is not int or whole[name] < least:
-            raise EmaError(f"the state's {name} must be an integer of at least {least}, got {whole[name]!r}")
+        if type(whole[name]) is not int or not least <= whole[name] <= MOST_UPDATES:
+            raise EmaError(
+                f"the state's {name} must be an integer of at least {least} and at most {MOST_UPDATES}, got {whole[name]!r}"
+            )
     if whole["behind"] >= whole["update_every"] or whole["behind"] > whole["updates"]:
         raise EmaError(
             f"the state is {whole['behind']} updates behind, with {whole['updates']} updates and an average at every "
@@ -44,8 +48,9 @@ def load_all(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]], 
         for module in modules
     ]
     for own, state in zip(before, states, strict=True):
-        if not isinstance(state, Mapping):
-            raise EmaError(f"the state's tensors must be there by name, got {type(state).__name__}")
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            there = ", ".join(map(repr, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise EmaError(f"the state's tensors must be there by name, got {there}")
         sides = [{name: value for name, value in each.items() if isinstance(value, Tensor)} for each in (own, state)]
         if found := differences(*sides):
             raise EmaError(f"the saved state is not of this average: {in_words(found)}")

@@ -8,6 +8,7 @@ idea is that of EDM2 (arXiv 2312.02696, section 3), here for any schedules and i
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Self
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from emaswap.averaging.averaged_module import as_names
+from emaswap.averaging.held import why_not_averaged
 from emaswap.averaging.model_ema import ModelEMA
-from emaswap.averaging.schedule import Schedule, span_decay
+from emaswap.averaging.schedule import Schedule, as_schedule, is_number, span_decay
 from emaswap.errors import EmaError
 from emaswap.tensors import differences, in_words, plain_name
 
@@ -78,6 +81,7 @@ def profile_weights(schedule: Schedule, updates: int, *, update_every: int = 1) 
     `update_every` passes over count 0.
     """
     _check(updates, update_every)
+    schedule = _checked(schedule, "what has a profile")
     parts = [(rows @ mix)[:, 0] for rows, mix in _profiles([(schedule, updates)], update_every)]
     profile = np.zeros(updates + 1)
     profile[::update_every] = np.concatenate(parts[::-1])
@@ -90,6 +94,7 @@ def coefficients(snapshots: Sequence[Snapshot], target: Schedule, updates: int |
     By default the target is to be as of the newest snapshot; it has the snapshots' interval. Memory does not grow with
     the number of updates. Raises `EmaError` without snapshots, for several intervals, or for a target later than all.
     """
+    target = _checked(target, "the target")
     updates, update_every = _asked(snapshots, updates)
     columns = [*((snapshot.schedule, snapshot.updates) for snapshot in snapshots), (target, updates)]
     # QR of the stacked parts, each reduced together with the triangle of those before it. The normal equations would
@@ -135,6 +140,12 @@ def synthesize(
         EmaError: no snapshot, states of other names, shapes or dtypes, a target later than all snapshots, or too large
             an error: then more snapshots are needed, or schedules nearer to the target's.
     """
+    exclude = as_names(exclude, "exclude")
+    if not is_number(max_error):
+        raise EmaError(f"max_error is a number, as 0.05, got {max_error!r}")
+    if isinstance(snapshots, Iterable):  # which may be used up by being read once
+        snapshots = list(snapshots)
+    target = _checked(target, "the target")
     found = coefficients(snapshots, target, updates)
     if not found.error <= max_error:
         raise EmaError(
@@ -144,7 +155,7 @@ def synthesize(
         )
     updates, _ = _asked(snapshots, updates)
     newest = min(snapshots, key=lambda each: (each.updates > updates, abs(each.updates - updates)))
-    total = _Sum(newest, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+    total = _Sum(newest, exclude)
     for snapshot, value in zip(snapshots, found.values, strict=True):
         total.add(snapshot, value)
     return total.state()
@@ -189,15 +200,24 @@ def _decays(schedule: Schedule, before: int, last: int, update_every: int) -> Ar
     return np.fromiter((span_decay(schedule, end - update_every + 1, end) for end in ends), np.float64, last - before)
 
 
+def _checked(schedule: object, what: str) -> Schedule:
+    if not callable(schedule) or isinstance(schedule, type):
+        raise EmaError(f"{what} is a schedule, such as Constant(0.999), got {schedule!r}")
+    return as_schedule(schedule)
+
+
 def _asked(snapshots: Sequence[Snapshot], updates: int | None) -> tuple[int, int]:
     """Return the updates of the target, and the interval."""
+    if not isinstance(snapshots, Sequence) or not all(isinstance(each, Snapshot) for each in snapshots):
+        raise EmaError(f"expected a list of snapshots, got {snapshots!r}")
     if not snapshots:
         raise EmaError("expected at least one snapshot to combine, got none")
+    for snapshot in snapshots:
+        _check(snapshot.updates, snapshot.update_every)
+        _checked(snapshot.schedule, "that of a snapshot")
     intervals = sorted({snapshot.update_every for snapshot in snapshots})
     if len(intervals) > 1:
         raise EmaError(f"expected snapshots with one update_every, got {', '.join(map(str, intervals))}")
-    for snapshot in snapshots:
-        _check(snapshot.updates, snapshot.update_every)
     newest = max(snapshot.updates for snapshot in snapshots)
     updates = newest if updates is None else updates
     _check(updates, intervals[0])
@@ -207,10 +227,20 @@ def _asked(snapshots: Sequence[Snapshot], updates: int | None) -> tuple[int, int
 
 
 def _check(updates: int, update_every: int) -> None:
-    if updates < 0 or update_every < 1:
+    if not all(isinstance(each, Integral) for each in (updates, update_every)) or updates < 0 or update_every < 1:
         raise EmaError(
-            f"expected at least 0 updates and an update_every of at least 1, got {updates} and {update_every}"
+            f"expected at least 0 updates and an update_every of at least 1, both whole, got {updates!r} and {update_every!r}"
         )
+
+
+def _check_tensors(tensors: object, what: str) -> None:
+    if not isinstance(tensors, Mapping):
+        raise EmaError(f"{what} has tensors by name, or a function that reads them, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise EmaError(f"{what} has tensors by name, got {type(tensor).__name__} under {name!r}")
+        if problem := why_not_averaged(tensor):
+            raise EmaError(f"{name} in {what} cannot be averaged: {problem}")
 
 
 class _Sum:
@@ -227,8 +257,12 @@ class _Sum:
     def add(self, snapshot: Snapshot, value: float) -> None:
         """Read a state, add it, and let it go again."""
         tensors = snapshot.tensors() if callable(snapshot.tensors) else snapshot.tensors
+        _check_tensors(tensors, f"the snapshot after {snapshot.updates} updates")
         if self._first is None:
             self._first = snapshot
+            for pattern in self._exclude:
+                if not any(fnmatchcase(name, pattern) for name in tensors):
+                    raise EmaError(f"exclude={pattern!r} names nothing: there are {', '.join(list(tensors)[:10])} ...")
             self._like = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         if found := differences(self._like, tensors):
             raise EmaError(

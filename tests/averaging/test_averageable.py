@@ -172,6 +172,18 @@ def test_every_dtype_of_numbers_is_averaged(dtype: torch.dtype, kept: torch.dtyp
         ({"decay": True}, "a decay is a number"),
         ({"decay": 1.5}, "expected a decay in"),
         ({"decay": math.nan}, "expected a decay in"),
+        ({"updates": 10**400}, "updates is an integer .* at most 9007199254740992"),
+        ({"decay": 10**400}, "a decay is a number in"),
+        ({"tau": 10**400}, "tau is a number that a float can hold"),
+        ({"tau": "5"}, "tau is a number that a float can hold, got '5'"),
+        ({"tau": torch.ones(2)}, "tau is a number that a float can hold"),
+        ({"decay": Constant(0.5), "tau": None}, "tau is a number that a float can hold, got None"),
+        ({"exclude": 5}, "exclude takes a name or several, got 5"),
+        ({"exclude": None}, "exclude takes a name or several, got None"),
+        ({"exclude": ["weight", 5]}, "exclude takes a name or several, got 5"),
+        ({"variants": {None: 0.5}}, "variants takes a name or several, got None"),
+        ({"factory": 5}, "factory is a function that makes another module, got int"),
+        ({"factory": nn.Linear(1, 1)}, "factory is a function that makes another module, got Linear"),
         ({"tau": 0}, "tau"),
         ({"tau": -1}, "tau"),
         ({"variants": {"slow": "0.9"}}, "a decay is a number"),
@@ -239,7 +251,11 @@ def test_a_decay_may_be_set_to_a_number_or_a_schedule() -> None:
     assert ema.decay == PowerFunction(6.94)
 
 
-@pytest.mark.parametrize("found", [1.5, -0.1, math.nan, None, "x", "0.5", True, [0.5], torch.ones(2)], ids=repr)
+@pytest.mark.parametrize(
+    "found",
+    [1.5, -0.1, math.nan, None, "x", "0.5", True, [0.5], torch.ones(2), 10**400],
+    ids=lambda found: repr(found)[:9],
+)
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_function_that_gives_no_decay_is_an_error(found: object, every: int) -> None:
     """The value is told, and which update it was for; nothing was averaged."""

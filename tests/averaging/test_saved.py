@@ -48,8 +48,26 @@ def test_a_field_that_is_missing_changes_nothing(name: str) -> None:
     check_refused(state, f"has .*{name}.*; this one: ")
 
 
+BAD: list[Any] = [
+    None,
+    "5",
+    -1,
+    2.5,
+    True,
+    math.nan,
+    [],
+    {},
+    {"slow": None},
+    torch.ones(2),
+    {5: 1},
+    {"name": "constant", 5: 1},
+]
+
+
 @pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("bad", [None, "5", -1, 2.5, True, math.nan, [], {}, {"slow": None}, torch.ones(2)], ids=repr)
+@pytest.mark.parametrize(
+    "bad", [*BAD, {"name": "constant", "decay": torch.ones(2)}, 10**400], ids=lambda bad: repr(bad)[:40]
+)
 def test_a_field_of_another_kind_changes_nothing(name: str, bad: object) -> None:
     """Whatever stands in a field that does not belong there."""
     check_refused(average(3.0, 8).state_dict() | {name: bad})
@@ -72,6 +90,7 @@ def test_an_unknown_field_changes_nothing() -> None:
     [
         pytest.param(lambda tensors: tensors.pop("0.bias"), id="missing"),
         pytest.param(lambda tensors: tensors.update(more=torch.ones(1)), id="more"),
+        pytest.param(lambda tensors: tensors.update({5: torch.ones(1)}), id="a number for a name"),
         pytest.param(lambda tensors: tensors.update({"0.bias": torch.ones(2)}), id="shape"),
         pytest.param(lambda tensors: tensors.update({"0.bias": torch.ones(1).double()}), id="dtype"),
         pytest.param(lambda tensors: tensors.update({"0.bias": 1.0}), id="number"),

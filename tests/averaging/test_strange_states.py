@@ -1,6 +1,7 @@
 """States that are odd in ways that would otherwise go by in silence."""
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -188,7 +189,20 @@ def test_methods_of_the_model_do_not_come_along_as_attributes() -> None:
     model.forward = MethodType(lambda self, rows: nn.functional.linear(rows, self.weight), model)  # type: ignore[method-assign]
     model.note = "new"  # type: ignore[assignment]
     ema.update_attr(model)
+    model.parts = [model]  # type: ignore[assignment]
+    model.calls = {"call": partial(model.forward)}["call"]  # type: ignore[assignment]
+    model.child = nn.Module()
+    model.child.note, model.by_child = "child", model.child.parameters  # type: ignore[assignment]
+    ema.update_attr(model)
+    assert not {"parts", "calls", "by_child"} & vars(ema.ema).keys()
     assert ema.ema.note == "new"
+    model.note = "newer"  # type: ignore[assignment]
+    ema.update_attr(model, exclude="note")
+    assert ema.ema.note == "new"
+    ema.update_attr(model, include="note")
+    assert ema.ema.note == "newer"
+    with pytest.raises(EmaError, match="include takes a name or several, got None"):
+        ema.update_attr(model, include=None)  # type: ignore[arg-type]
     assert "forward" not in vars(ema.ema)
     with pytest.raises(EmaError, match="include names what Linear has no attribute for: note_s"):
         ema.update_attr(model, include=("note_s",))
@@ -222,7 +236,7 @@ def test_scripted_batch_norm_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("make", [lambda: torch.ones(2).to_sparse(), lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)], ids=["sparse", "quantized"])  # fmt: skip
+@pytest.mark.parametrize("make", [lambda: torch.ones(2).to_sparse(), lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), lambda: torch.nested.nested_tensor([torch.ones(2)])], ids=["sparse", "quantized", "nested"])  # fmt: skip
 def test_an_ema_of_what_is_not_dense_is_refused(make: Callable[[], Tensor]) -> None:
     """In words, rather than by what torch raises in the middle."""
     with pytest.raises(EmaError, match="an EMA averages dense tensors"):

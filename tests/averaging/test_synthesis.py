@@ -489,6 +489,60 @@ def test_too_large_an_error_is_refused_before_anything_is_read() -> None:
     assert synthesize(accepted, NARROW, max_error=error * 1.01)["w"].item() == 1
 
 
+STATE = {"weight": torch.ones(2)}
+GOOD = [Snapshot(Constant(0.5), updates, STATE) for updates in (1, 2, 3)]
+
+
+def good(**changes: Any) -> Snapshot:
+    """A good snapshot, but for these fields."""
+    return replace(GOOD[0], **changes)
+
+
+def test_an_iterator_of_snapshots_will_do() -> None:
+    """It is read once."""
+    assert synthesize((each for each in GOOD), lambda _: 0.5)["weight"].tolist() == [1.0, 1.0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"snapshots": None}, "expected a list of snapshots, got None"),
+        ({"snapshots": [1]}, "expected a list of snapshots"),
+        ({"snapshots": GOOD[0]}, "expected a list of snapshots"),
+        ({"snapshots": [good(schedule=0.5)]}, "that of a snapshot is a schedule, .* got 0.5"),
+        ({"snapshots": [good(updates="1")]}, "both whole, got '1' and 1"),
+        ({"snapshots": [good(update_every=None)]}, "both whole, got 1 and None"),
+        ({"snapshots": [good(tensors=None)]}, "tensors by name, or a function .* got NoneType"),
+        ({"snapshots": [good(tensors={"weight": [1]})]}, "by name, got list under 'weight'"),
+        ({"snapshots": [good(tensors={5: torch.ones(1)})]}, "by name, got Tensor under 5"),
+        (
+            {"snapshots": [good(tensors={"a": torch.eye(2).to_sparse()})]},
+            "a in the snapshot after 1 updates",
+        ),
+        ({"target": 0.5}, "the target is a schedule, such as Constant.*, got 0.5"),
+        ({"target": Constant}, "the target is a schedule"),
+        ({"updates": 2.5}, "both whole, got 2.5 and 1"),
+        ({"exclude": None}, "exclude takes a name or several"),
+        ({"exclude": "wieght"}, "exclude='wieght' names nothing: there are weight"),
+        ({"max_error": None}, "max_error is a number"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_combined_is_refused_in_words(wrong: dict[str, Any], message: str) -> None:
+    """Each argument says what it takes, and what came."""
+    arguments: dict[str, Any] = {"snapshots": GOOD, "target": Constant(0.5)} | wrong
+    with pytest.raises(EmaError, match=message):
+        synthesize(**arguments)
+
+
+def test_a_snapshot_or_a_profile_of_something_else_is_refused() -> None:
+    """A module has no schedule, and a number is none."""
+    with pytest.raises(EmaError, match="a snapshot is of a ModelEMA, got Linear"):
+        Snapshot.of(nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(EmaError, match="what has a profile is a schedule, .* got 0.5"):
+        profile_weights(0.5, 3)  # type: ignore[arg-type]
+
+
 def test_a_snapshot_after_another_decay_was_set_is_refused() -> None:
     """The schedule is that of the later updates only; a function that knows both gives what was averaged."""
     model = Vector(1)
