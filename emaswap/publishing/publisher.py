@@ -223,8 +223,8 @@ class Publisher:
             self.error = PublishError(f"step {step} was not published: {cause}")
             self.error.__cause__ = cause
         self._untold = self.error
-        self.failed += 1
         log.warning("%s", self.error)
+        self.failed += 1  # last: who sees the count finds the reason
 
     def _raise_untold(self) -> None:
         """Raise what went wrong, once; `Fenced` always."""
