@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics
 from emaswap import BadVersion, __version__, open_store
 from emaswap.device import pick_device, processors
 from service.control.conductor import Conductor
-from service.control.loader import Loader
+from service.control.loader import OwnLoader
 from service.control.metrics import ControlMetrics
 from service.control.notices import Notices
 from service.control.standing import Standing
@@ -30,9 +30,9 @@ class Service:
         self.settings = settings
         self.draining = False
         self.registry = _new_registry()
-        self.slot = Slot()
+        self.slot: Slot[Servable] = Slot()
         self.store = open_store(settings.store)
-        loader = Loader(
+        loader = OwnLoader(
             self.store,
             trusted=settings.trusted,
             device=pick_device(settings.device),

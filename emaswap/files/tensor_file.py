@@ -8,12 +8,13 @@ module knows neither stores nor modules; it never unpickles and never maps a fil
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -105,22 +106,31 @@ def fits(size: int, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bool:
     return size <= 8 + MAX_HEADER_BYTES + total
 
 
-def read(file: BinaryIO, blob: Blob) -> TensorFile:
-    """Read a file once into private memory, verify it, and return tensors that live in just those verified bytes.
+Memory = Callable[[int], NDArray[np.uint8]]
+"""What supplies memory for so many bytes, or raises `Short`."""
 
-    `blob.size` bounds what is read. Raises `BadVersion` when size, digest or header are not what they should be, and
-    `Short` when there is no memory for so much.
+
+def private_memory(count: int) -> NDArray[np.uint8]:
+    """Return fresh memory of this process. Raises `Short` when there is not so much."""
+    memory.require(count, "a tensor file")
+    try:
+        return np.empty(count, dtype=np.uint8)
+    except MemoryError:
+        raise Short(f"there is no memory for a tensor file of {count} bytes") from None
+
+
+def read(file: BinaryIO, blob: Blob, into: Memory = private_memory) -> TensorFile:
+    """Read a file once into memory, verify it, and return tensors that live in just those verified bytes.
+
+    `blob.size` bounds what is read. The memory must be one that nobody else writes to. Raises `BadVersion` when size,
+    digest or header are not what they should be, and `Short` when there is no memory for so much.
     """
     if file.seekable():
         there = file.seek(0, os.SEEK_END)
         file.seek(0)
         _check_count(there, blob)
-    memory.require(blob.size, "a tensor file")
     # One byte more than expected is asked for, so that a longer file shows without being read whole.
-    try:
-        buffer = np.empty(blob.size + 1, dtype=np.uint8)
-    except MemoryError:
-        raise Short(f"there is no memory for a tensor file of {blob.size} bytes") from None
+    buffer = into(blob.size + 1)
     view: memoryview = buffer.data
     hasher = new_hasher(algorithm_of(blob.digest))
     size = 0
@@ -134,7 +144,7 @@ def read(file: BinaryIO, blob: Blob) -> TensorFile:
     found = f"{algorithm_of(blob.digest)}:{hasher.hexdigest()}"
     if found != blob.digest:
         raise BadVersion(Reason.DIGEST_MISMATCH, f"expected {blob.digest}, the bytes give {found}")
-    return _parse(buffer[:size])
+    return parse(buffer[:size])
 
 
 def _check_count(count: int, blob: Blob) -> None:
@@ -143,7 +153,8 @@ def _check_count(count: int, blob: Blob) -> None:
         raise BadVersion(Reason.SIZE_MISMATCH, f"expected {blob.size} bytes, the file has {came}")
 
 
-def _parse(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> TensorFile:
+def parse(buffer: NDArray[np.uint8]) -> TensorFile:
+    """Return the tensors in the bytes of a file that was verified. Raises `BadVersion` when the header cannot be right."""
     if len(buffer) < 8:
         raise BadVersion(Reason.HEADER_INVALID, f"a tensor file has at least 8 bytes, this one has {len(buffer)}")
     length = int.from_bytes(buffer[:8].tobytes(), "little")
@@ -195,7 +206,7 @@ def _entry(spec: dict[str, object]) -> tuple[int, int, tuple[int, ...], torch.dt
     return offsets[0], offsets[1], tuple(shape), _DTYPES[name]
 
 
-def _view(data: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: torch.dtype) -> Tensor:
+def _view(data: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
     if data.size == 0:
         return torch.empty(0, dtype=dtype)
     if data.ctypes.data % dtype.itemsize:

@@ -8,7 +8,7 @@ from torch import Tensor
 from emaswap.errors import BadVersion, Missing, NotAFile, Reason, TooLarge, Unreadable
 from emaswap.files import tensor_file
 from emaswap.files.digest import Algorithm, Digest, digest_of
-from emaswap.files.tensor_file import Blob, TensorFile
+from emaswap.files.tensor_file import Blob, Memory, TensorFile, private_memory
 from emaswap.store import look
 from emaswap.store.files import Entry, Files, read, reading
 from emaswap.store.keys import Kind, digest_in, manifest_key, tensors_key
@@ -147,15 +147,15 @@ class Store:
             lambda blob: tensors_key(kind, blob.digest),
         )
 
-    def tensors(self, kind: Kind, blob: Blob) -> TensorFile:
-        """Return a tensor file, verified while it is read.
+    def tensors(self, kind: Kind, blob: Blob, into: Memory = private_memory) -> TensorFile:
+        """Return a tensor file, verified while it is read into memory.
 
         Raises `BadVersion` when it is missing or not what it should be, `Short` when there is no memory for it.
         """
         key = tensors_key(kind, blob.digest)
         try:
             with self.files.open(key) as file, reading(key, self.location):
-                return tensor_file.read(file, blob)
+                return tensor_file.read(file, blob, into)
         except Missing as error:
             raise BadVersion(Reason.FILE_MISSING, str(error)) from None
         except NotAFile as error:
@@ -163,13 +163,13 @@ class Store:
         except BadVersion as error:
             raise BadVersion(error.reason, f"{key}: {error.detail}") from None
 
-    def fetch(self, manifest: Manifest, *, max_bytes: int | None = None) -> Fetched:
-        """Read a version's weights and probe once into private memory, verified against its manifest.
+    def fetch(self, manifest: Manifest, *, max_bytes: int | None = None, into: Memory = private_memory) -> Fetched:
+        """Read a version's weights (`into` memory of the caller's) and probe once, verified against its manifest.
 
         Raises `BadVersion` when a file is missing or not what it should be, or the weights take more than `max_bytes`.
         """
         proof.check_size(manifest, max_bytes)
-        weights = self.tensors("weights", manifest.weights).tensors
+        weights = self.tensors("weights", manifest.weights, into).tensors
         return Fetched(weights, Probe.from_tensors(self.tensors("probes", manifest.probe).tensors))
 
     def stored(self, kind: Kind) -> dict[Digest, Entry]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import partial
+from itertools import chain
 from pathlib import PurePath
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from emaswap.errors import BadVersion, EmaswapError, Reason, Short
-from emaswap.tensors import differences, dtype_name, in_words, named_tensors
+from emaswap.tensors import differences, dtype_name, in_words, named_tensors, plain_name
 from emaswap.versions.bounded import Bounded
 
 TRUSTED_BY_DEFAULT = ("emaswap.models.*",)
@@ -246,18 +247,48 @@ def _made(factory: Callable[[], Any], like: Mapping[str, Tensor] | None) -> Any:
         return factory()
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, adopt: bool = False) -> None:
     """Copy tensors into a module's parameters and persistent buffers.
 
     Half precision is widened to the module's own dtype. A module in half precision is widened itself when it is given
     wider tensors, and computes in their dtype from then on.
 
+    With `adopt`, the module uses the memory of the tensors themselves where they need no conversion and nothing else
+    looks at the memory that it has; give it tensors on the CPU that nobody writes to.
+
     Raises `BadVersion` naming every tensor that is missing, unexpected, or of another shape or dtype.
     """
     own = _check_fits(module, tensors)
+    adopted: set[str] = set()
+    if adopt:
+        own.clear()  # which look at the module's memory, too
+        adopted = _adopt(module, tensors)
+        own = named_tensors(module)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+        for name in tensors.keys() - adopted:
+            own[name].copy_(tensors[name])
+
+
+def _adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Let the module use the tensors' memory instead of its own where it can. Return their names."""
+    members = set(map(id, chain(module.parameters(), module.buffers())))
+    adopted = set()
+    for name, own in module.state_dict(keep_vars=True).items():
+        given = tensors.get(plain_name(name))
+        if given is None or id(own) not in members or own.dtype != given.dtype or own.device.type != "cpu":
+            continue
+        # Its strides would become the given ones, and with them the kernels that run.
+        if own.is_contiguous() and given.is_contiguous() and _is_alone(own):
+            own.data = given
+            adopted.add(plain_name(name))
+    return adopted
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    """Return whether no other tensor looks at a tensor's memory, as far as torch can tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    # By the tensor itself, and by the storage that is asked.
+    return count is not None and count(tensor.untyped_storage()._cdata) == _TENSOR_AND_STORAGE
 
 
 def _check_fits(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,4 +317,5 @@ def _holds(own: torch.dtype, given: torch.dtype) -> bool:
     return own == given or (own in _WIDE and given in _NARROW)
 
 
+_TENSOR_AND_STORAGE = 2
 _WIDE, _NARROW = (torch.float32, torch.float64), (torch.float16, torch.bfloat16)

@@ -3,7 +3,7 @@
 Two steps, because a service shows which one a version is at, and times it. Where the bytes come from is not known here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +38,19 @@ def check_size(manifest: Manifest, max_bytes: int | None = None) -> None:
         )
 
 
-def verify(manifest: Manifest, fetched: Fetched, *, trusted: Iterable[str], device: torch.device) -> nn.Module:
-    """Return a module with the fetched weights in it.
+def verify(
+    manifest: Manifest, fetched: Fetched, *, trusted: Iterable[str], device: torch.device, adopt: bool = False
+) -> nn.Module:
+    """Return a module with the fetched weights in it; with `adopt`, in their own memory where that can be.
 
     Raises `BadVersion` when they are not finite or do not fit, `Short` when there is no memory for the module.
     """
-    weights = fetched.weights
+    check(manifest, fetched.weights)
+    return assemble(manifest, fetched.weights, trusted=trusted, device=device, adopt=adopt)
+
+
+def check(manifest: Manifest, weights: Mapping[str, Tensor]) -> None:
+    """Raise `BadVersion` when weights are not finite, or not those of the manifest's table."""
     if bad := not_finite(weights):
         raise BadVersion(Reason.NOT_FINITE, f"NaN or infinity in {', '.join(bad[:20])}")
     table = {name: (info.dtype, info.shape) for name, info in manifest.weights.tensors.items()}
@@ -52,8 +59,14 @@ def verify(manifest: Manifest, fetched: Fetched, *, trusted: Iterable[str], devi
         raise BadVersion(
             Reason.MANIFEST_INVALID, f"its table of tensors is not that of the file: {', '.join(different[:20])}"
         )
+
+
+def assemble(
+    manifest: Manifest, weights: Mapping[str, Tensor], *, trusted: Iterable[str], device: torch.device, adopt: bool
+) -> nn.Module:
+    """Return a module with weights in it that have been checked. Raises as `verify` does when they do not fit."""
     module = build(manifest.architecture, trusted=trusted, like=weights)
-    fill(module, weights)
+    fill(module, weights, adopt=adopt)
     return module.to(device)
 
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import Generic
 
 import structlog
 
@@ -24,8 +25,8 @@ from service.control.quarantine import Quarantine, Stamps
 from service.control.standing import Standing
 from service.control.survey import Survey, survey
 from service.refusal import shorten
-from service.serving.servable import Servable
-from service.serving.slot import Slot
+from service.serving.servable import Served
+from service.serving.slot import Live, Slot
 
 log = structlog.get_logger("emaswap.service")
 
@@ -41,13 +42,13 @@ _NOTABLE_SKEW_S = 1.0
 OVERRULED = frozenset({Reason.STALE_TERM, Reason.OUT_OF_LINE})
 
 
-class Conductor:
+class Conductor(Generic[Live]):
     """Keeps a slot at the version that the store's state calls for."""
 
     def __init__(
         self,
-        slot: Slot,
-        loader: Loader,
+        slot: Slot[Live],
+        loader: Loader[Live],
         metrics: ControlMetrics,
         *,
         poll_s: float,
@@ -96,13 +97,14 @@ class Conductor:
                 self._conclude(f"the look at the store failed: {type(error).__name__}: {error}")
             return None
 
-    def give_up(self, servable: Servable, error: BadVersion) -> None:
+    def give_up(self, broken: Live, error: BadVersion) -> None:
         """Reject a version that turned out broken while it answered.
 
-        The one before is live again where it was kept ready; else nothing is until `settle` has found another.
+        Where it was live, the one before is live again if it was kept ready; else nothing is until `settle` has found
+        another.
         """
-        identity = servable.manifest.identity
-        self._slot.withdraw(servable)
+        identity = broken.manifest.identity
+        self._slot.withdraw(broken)
         record = self._history.get(identity)
         if record is not None and record.state is not State.REJECTED:
             self._quarantine.reject(identity.version, error, record.stamp, None)
@@ -236,7 +238,7 @@ class Conductor:
         self._go_live(servable, attempt.timings_s)
         return _Outcome.LIVE
 
-    async def _prove(self, attempt: "_Attempt", found: Survey) -> Servable:
+    async def _prove(self, attempt: "_Attempt", found: Survey) -> Live:
         loop = asyncio.get_running_loop()
         candidate = await self._loading.run(lambda: self._loader.read(attempt.identity.version), self._load_timeout_s)
         manifest = candidate.manifest
@@ -282,7 +284,7 @@ class Conductor:
             live=live.version if live else None,
         )
 
-    def _go_live(self, servable: Servable, timings_s: Mapping[str, float]) -> None:
+    def _go_live(self, servable: Live, timings_s: Mapping[str, float]) -> None:
         if not self._has_served:
             # What is there by now stays: let the cycle collector, which stops everything else, never look at it again.
             gc.collect()
@@ -321,13 +323,14 @@ class Conductor:
     def _note_return(self) -> None:
         """Note that the version before is live again, if it is."""
         live = self._slot.current
-        if live is None:
+        record = self._history.get(live.manifest.identity) if live else None
+        if live is None or record is None or record.state is not State.PREVIOUS:
             return
         self._history.enter(live.manifest.identity, State.LIVE)
         self._metrics.rollbacks.inc()
         log.warning("version live again", version=live.version, digest=live.digest)
 
-    def _note_skew(self, servable: Servable, before: Servable | None) -> None:
+    def _note_skew(self, servable: Served, before: Served | None) -> None:
         skew_s = servable.manifest.skew_s(servable.loaded_at)
         was_s = before.manifest.skew_s(before.loaded_at) if before else 0.0
         if skew_s > _NOTABLE_SKEW_S >= was_s:

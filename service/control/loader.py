@@ -1,10 +1,11 @@
-"""Loading a version: fetch, verify, warm. Either a proven servable comes out, or a reason why not."""
+"""Loading a version: fetch, verify, warm. Either a proven version comes out, or a reason why not."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from typing import Generic
 
 import torch
 
@@ -12,11 +13,14 @@ from emaswap import BadVersion, Manifest, Missing, Reason, Short, Store
 from emaswap.store.line import Line
 from emaswap.store.look import Look
 from emaswap.versions import proof
-from emaswap.versions.probe import drift
 from service.control.lifecycle import State
 from service.control.quarantine import Stamps
 from service.control.shortage import is_shortage
 from service.serving.servable import Servable
+from service.serving.slot import Live
+
+Stage = Callable[[State], AbstractContextManager[None]]
+"""What a stage of loading runs in, so that it is told and timed."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +31,13 @@ class Candidate:
     stamps: Stamps
 
 
-class Loader:
-    """Loads versions from one store, for one device, from trusted factories. All of it blocks."""
+class Loader(ABC, Generic[Live]):
+    """Loads versions from one store and proves them right. All of it blocks."""
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        trusted: Sequence[str],
-        device: torch.device,
-        variant: str | None = None,
-        max_bytes: int | None = None,
-    ) -> None:
-        """Load weights files of at most `max_bytes`, of any size by default."""
+    def __init__(self, store: Store, *, variant: str | None = None) -> None:
+        """Load this variant of each version, by default its main average."""
         self.store = store
-        self._max_bytes = max_bytes
         self._line = Line(store)
-        self._trusted = tuple(trusted)
-        self._device = device
         self._variant = variant
 
     def read(self, version: int) -> Candidate:
@@ -63,16 +56,16 @@ class Loader:
         candidate: Candidate,
         look: Look,
         *,
-        live: Servable | None,
+        live: Live | None,
         enter: Callable[[State], None],
         timings_s: dict[str, float],
-    ) -> Servable:
-        """Return a servable of this version, proven right.
+    ) -> Live:
+        """Return this version, proven right.
 
         Args:
             candidate: the version to load.
             look: the store it was found in. A pin there overrules the line of terms.
-            live: the servable that is live now, to measure the drift against.
+            live: what is live now, to measure the drift against.
             enter: told of each stage as it begins.
             timings_s: receives the seconds that each stage took, also when one fails.
 
@@ -94,25 +87,46 @@ class Loader:
         if look.pin is None or not look.pin.names(manifest.identity):
             self._line.check(manifest, look)
         try:
-            with stage(State.FETCHING):
-                manifest = manifest.of_variant(self._variant)
-                fetched = self.store.fetch(manifest, max_bytes=self._max_bytes)
-            with stage(State.VERIFYING):
-                module = proof.verify(manifest, fetched, trusted=self._trusted, device=self._device)
-            with stage(State.WARMING):
-                outputs = proof.replay(manifest, fetched.probe, module, device=self._device)
-                moved = None
-                if live is not None and live.signature == manifest.signature:
-                    before = live.answers_to(fetched.probe)
-                    moved = None if before is None else drift(outputs, before)
+            return self._prove(manifest, live, stage)
         except BadVersion as error:
             if is_shortage(error):
                 raise Short(str(error)) from None
             if error.reason is Reason.FILE_MISSING and self._was_pruned(manifest.version):
                 raise Missing(f"version {manifest.version} was pruned while it was being read") from None
             raise
-        return Servable(manifest, module, fetched.probe, self._device, datetime.now(UTC), moved)
+
+    @abstractmethod
+    def _prove(self, manifest: Manifest, live: Live | None, stage: Stage) -> Live:
+        """Go through the stages of loading."""
 
     def _was_pruned(self, version: int) -> bool:
         """Return whether a version has gone, or is one of which the manifest alone is kept: the first of a term."""
         return not self.store.has(version) or self.store.newest() > version
+
+
+class OwnLoader(Loader[Servable]):
+    """Loads versions into this process, for one device, from trusted factories."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        trusted: Sequence[str],
+        device: torch.device,
+        variant: str | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        """Load weights files of at most `max_bytes`, of any size by default."""
+        super().__init__(store, variant=variant)
+        self._max_bytes = max_bytes
+        self._trusted = tuple(trusted)
+        self._device = device
+
+    def _prove(self, manifest: Manifest, live: Servable | None, stage: Stage) -> Servable:
+        with stage(State.FETCHING):
+            manifest = manifest.of_variant(self._variant)
+            fetched = self.store.fetch(manifest, max_bytes=self._max_bytes)
+        with stage(State.VERIFYING):
+            module = proof.verify(manifest, fetched, trusted=self._trusted, device=self._device, adopt=True)
+        with stage(State.WARMING):
+            return Servable.proven(manifest, module, fetched.probe, self._device, before=live)

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from emaswap import Reason
 from service.control.standing import Standing
-from service.serving.servable import Servable
+from service.serving.servable import Served
 from service.serving.slot import Slot
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -17,7 +18,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 class ControlMetrics:
     """The metrics of a service's control."""
 
-    def __init__(self, registry: CollectorRegistry, slot: Slot) -> None:
+    def __init__(self, registry: CollectorRegistry, slot: Slot[Any]) -> None:
         """Register the metrics; `slot` is asked for the age of the live version at each scrape."""
         Gauge(
             "emaswap_live_version", "The version that answers; 0 when there is none.", registry=registry
@@ -82,7 +83,7 @@ class ControlMetrics:
         self._pinned_version.set(standing.pin.version if standing.pin else 0)
         self._live_in_store.set(math.nan if standing.in_store is None else standing.in_store)
 
-    def went_live(self, servable: Servable, timings_s: Mapping[str, float]) -> None:
+    def went_live(self, servable: Served, timings_s: Mapping[str, float]) -> None:
         """Note that a version went live."""
         self._swaps.inc()
         self._live_in_store.set(1)
@@ -93,6 +94,6 @@ class ControlMetrics:
             self._load.labels(stage=stage).observe(seconds)
 
 
-def _age_s(slot: Slot) -> float:
+def _age_s(slot: Slot[Any]) -> float:
     live = slot.current
     return live.manifest.age_s(datetime.now(UTC)) if live else math.nan

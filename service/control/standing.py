@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from emaswap import Pin
 from service.control.lifecycle import Record
-from service.serving.servable import Servable
+from service.serving.servable import Served
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Standing:
     """What is live, what was ordered, and what was concluded at the last look at the store.
 
     Attributes:
-        live: the servable that answers.
+        live: the version that answers.
         pin: the operators' order.
         status: the last conclusion, in words.
         newest: the newest version in the store, 0 before the first.
@@ -20,7 +20,7 @@ class Standing:
         records: the newest versions and their states, newest first.
     """
 
-    live: Servable | None = None
+    live: Served | None = None
     pin: Pin | None = None
     status: str = "the store has not been looked at yet"
     newest: int = 0

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 
 from service.control.conductor import Conductor
 from service.control.notices import Notices
@@ -15,7 +16,7 @@ _SHORTEST_WAIT_S = 0.01
 class Watcher:
     """Has a conductor look at its store again and again."""
 
-    def __init__(self, conductor: Conductor, notices: Notices | None, *, poll_s: float) -> None:
+    def __init__(self, conductor: Conductor[Any], notices: Notices | None, *, poll_s: float) -> None:
         """Look every `poll_s` seconds or so, and at once when notices come from where the store is."""
         self._conductor = conductor
         self._notices = notices

@@ -34,7 +34,7 @@ class Batcher:
 
     def __init__(
         self,
-        slot: Slot,
+        slot: Slot[Servable],
         metrics: ServingMetrics,
         *,
         max_rows: int,
@@ -161,7 +161,10 @@ class Batcher:
     def _withdraw(self, servable: Servable, error: BadVersion) -> None:
         self._slot.withdraw(servable)
         log.error("version broken", version=servable.version, reason=str(error.reason), detail=error.detail)
-        self._on_broken(servable, error)
+        try:
+            self._on_broken(servable, error)
+        except Exception:  # a fault of ours, which must not end the batches to come
+            log.exception("giving a version up failed", version=servable.version)
 
     def _chunk(self) -> int | None:
         return self._pace.limit if self._batching else None

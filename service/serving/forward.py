@@ -103,7 +103,7 @@ class Forward:
             return None
         return self._refuse(servable, failure, 0)
 
-    def is_suspect(self, outputs: Rows, slot: Slot) -> bool:
+    def is_suspect(self, outputs: Rows, slot: Slot[Servable]) -> bool:
         """Return whether a guarded version gave outputs that are not finite, which may be its inputs' fault or its own."""
         return (
             slot.previous is not None
@@ -111,7 +111,7 @@ class Forward:
             and bool(_odd_rows(outputs).any())
         )
 
-    async def compare(self, servable: Servable, inputs: Rows, outputs: Rows, slot: Slot) -> None:
+    async def compare(self, servable: Servable, inputs: Rows, outputs: Rows, slot: Slot[Servable]) -> None:
         """Ask the version before for what the live one has no finite answer to. Raises `BadVersion` where it has one."""
         previous = slot.previous
         if previous is None or previous.signature != servable.signature:

@@ -1,9 +1,9 @@
-"""A servable: one proven version, ready to answer. Going live is a reference to it being assigned."""
+"""A served version, and a servable: one that this process can answer with. Going live is a reference being assigned."""
 
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from emaswap import BadVersion, Manifest, Signature
 from emaswap.versions import proof
-from emaswap.versions.probe import Probe
+from emaswap.versions.probe import Probe, drift
 from emaswap.versions.signature import Bound
 
 Rows = dict[str, NDArray[np.generic]]
@@ -24,21 +24,13 @@ class Busy(Exception):
     """Another thread runs the module just now."""
 
 
-@dataclass(frozen=True, eq=False)
-class Servable:
-    """A module with verified weights, its probe, and the manifest that tells whose they are.
-
-    Modules may keep things on `self` between two lines of `forward`, so only one thread at a time may run one. The
-    servable sees to that: run its module through its methods alone.
-    """
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Served:
+    """What is known of a proven version: its manifest, when it was ready, and how far it is from the one before."""
 
     manifest: Manifest
-    module: nn.Module
-    probe: Probe
-    device: torch.device
     loaded_at: datetime
     drift: float | None = None
-    _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @property
     def version(self) -> int:
@@ -59,6 +51,37 @@ class Servable:
     def publish_to_served_s(self) -> float:
         """Seconds from the publisher's clock at the commit to this one's when the version was ready; 0 if that is ahead."""
         return self.manifest.age_s(self.loaded_at)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Servable(Served):
+    """A module with verified weights, its probe, and the manifest that tells whose they are.
+
+    Modules may keep things on `self` between two lines of `forward`, so only one thread at a time may run one. The
+    servable sees to that: run its module through its methods alone.
+    """
+
+    module: nn.Module
+    probe: Probe
+    device: torch.device
+    _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @classmethod
+    def proven(
+        cls, manifest: Manifest, module: nn.Module, probe: Probe, device: torch.device, *, before: "Servable | None"
+    ) -> "Servable":
+        """Return a servable that has answered its probe as recorded. Raises `BadVersion` when the module does not.
+
+        The drift is measured against the version `before` where that takes the same inputs.
+        """
+        outputs = proof.replay(manifest, probe, module, device=device)
+        moved = None
+        if before is not None and before.signature == manifest.signature:
+            answers = before.answers_to(probe)
+            moved = None if answers is None else drift(outputs, answers)
+        return cls(
+            manifest=manifest, loaded_at=datetime.now(UTC), drift=moved, module=module, probe=probe, device=device
+        )
 
     @cached_property
     def _bound(self) -> Bound:

@@ -1,39 +1,54 @@
-"""The slot: the one place that says which servable is live, and which one takes its place if it fails."""
+"""The slot: the one place that says which version is live, and which one takes its place if it fails."""
 
 import threading
+from typing import Generic, TypeVar
 
-from service.serving.servable import Servable
+from service.serving.servable import Served
+
+Live = TypeVar("Live", bound=Served)
 
 
-class Slot:
-    """Holds the live servable. A batch reads `current` once, and so belongs to one version.
+class Slot(Generic[Live]):
+    """Holds the live version. A batch reads `current` once, and so belongs to one version.
 
     `previous` is the one before, kept ready while the live one is new and guarded.
     """
 
     def __init__(self) -> None:
-        self.current: Servable | None = None
-        self.previous: Servable | None = None
+        self._current: Live | None = None
+        self._previous: Live | None = None
         self._changing = threading.Lock()
 
-    def swap(self, servable: Servable, *, guarded: bool = False) -> Servable | None:
-        """Make a servable the live one, and return the one before it, which is kept ready if the new one is `guarded`.
+    @property
+    def current(self) -> Live | None:
+        """The live version."""
+        return self._current
+
+    @property
+    def previous(self) -> Live | None:
+        """What takes its place if it fails."""
+        return self._previous
+
+    def swap(self, new: Live, *, guarded: bool = False) -> Live | None:
+        """Make a version the live one, and return the one before it, which is kept ready if the new one is `guarded`.
 
         Running requests keep the one before alive in any case.
         """
         with self._changing:
-            before, self.current = self.current, servable
-            self.previous = before if guarded else None
+            before, self._current = self._current, new
+            self._previous = before if guarded else None
         return before
 
     def trust(self, version: int) -> None:
-        """Guard the live servable no longer, if it is this version's."""
+        """Guard the live version no longer, if it has this number."""
         with self._changing:
-            if self.current is not None and self.current.version == version:
-                self.previous = None
+            if self._current is not None and self._current.version == version:
+                self._previous = None
 
-    def withdraw(self, servable: Servable) -> None:
-        """Put the one before in a servable's place, or nothing where none is kept, if this servable still is live."""
+    def withdraw(self, broken: Live) -> None:
+        """Let a version answer no more: the one before takes its place if it is live, or nothing where none is kept."""
         with self._changing:
-            if self.current is servable:
-                self.current, self.previous = self.previous, None
+            if self._current is broken:
+                self._current, self._previous = self._previous, None
+            elif self._previous is broken:
+                self._previous = None

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from typing import Any
 
 from emaswap import BadVersion, Missing, ReadOnly, Store, StoreError
 from service.control.conductor import OVERRULED, Conductor
@@ -17,7 +18,7 @@ _ORDER_TIMEOUT_S = 30.0
 class Admin:
     """Checks the operators' token, and writes their orders into the store, where they hold for every replica."""
 
-    def __init__(self, store: Store, conductor: Conductor, token: Token | None) -> None:
+    def __init__(self, store: Store, conductor: Conductor[Any], token: Token | None) -> None:
         self._store = store
         self._conductor = conductor
         self._token = token

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emaswap import Signature, TensorField
 from service.refusal import Code, Refusal
-from service.serving.servable import Rows, Servable
+from service.serving.servable import Rows, Servable, Served
 from service.web import refused
 from service.web.binary_rows import from_bytes, little_endian
 from service.web.dialect import Dialect, Parsed
@@ -169,7 +169,7 @@ class OpenInference(Dialect):
         return refused.body(refusal, in_words=True)
 
 
-def check_named(servable: Servable, model: str, version: str | None) -> None:
+def check_named(servable: Served, model: str, version: str | None) -> None:
     """Raise `Refusal` unless a request means what is live."""
     if model != servable.manifest.model:
         raise Refusal(Code.UNKNOWN_MODEL, f"expected the model {servable.manifest.model!r}, got {model[:200]!r}")

@@ -72,7 +72,7 @@ class Predict(Asker):
 
     def __init__(
         self,
-        slot: Slot,
+        slot: Slot[Servable],
         batcher: Batcher,
         metrics: ServingMetrics,
         settings: ServiceSettings,

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from emaswap import Pin
 from service.refusal import Code, Refusal
-from service.serving.servable import Servable
+from service.serving.servable import Served
 
 STATUS = {
     Code.INVALID_HTTP: 400,
@@ -60,7 +60,7 @@ _BY_STATUS = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_
 class TooOld(Refusal):
     """The live version is older than the request demands; the answer names it, and says whether that was ordered."""
 
-    def __init__(self, live: Servable, wanted: int, pin: Pin | None) -> None:
+    def __init__(self, live: Served, wanted: int, pin: Pin | None) -> None:
         self.ordered = pin is not None and pin.version < wanted
         what_to_do = (
             "an operator has pinned an older one: follow that order"
@@ -79,7 +79,7 @@ def no_live_version(status: str) -> Refusal:
     return Refusal(Code.NO_LIVE_VERSION, f"no version is live yet: {status}")
 
 
-def identity(servable: Servable) -> dict[str, str]:
+def identity(servable: Served) -> dict[str, str]:
     """Return the headers that name a version, for a proxy or a client that does not parse the body."""
     return {"X-Model-Version": str(servable.version), "X-Model-Digest": servable.digest}
 

@@ -10,7 +10,7 @@ from emaswap.versions.architecture import Architecture
 from emaswap.versions.manifest import EmaInfo, TrainingInfo
 from service.control.lifecycle import Record, State
 from service.control.standing import Standing
-from service.serving.servable import Servable
+from service.serving.servable import Served
 
 
 class _Schema(BaseModel):
@@ -78,7 +78,7 @@ class LiveVersion(_Schema):
     pin: Pin | None
 
     @classmethod
-    def of(cls, servable: Servable, standing: Standing, now: datetime) -> "LiveVersion":
+    def of(cls, servable: Served, standing: Standing, now: datetime) -> "LiveVersion":
         """Return what `/model/version` says of the live servable."""
         manifest = servable.manifest
         return cls(

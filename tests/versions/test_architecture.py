@@ -544,3 +544,57 @@ def swallowing() -> nn.Module:
         return Counted(MANY)
     except MemoryError:
         return Counted(8)
+
+
+class _KeepsAView(nn.Module):
+    """A layer that computes with a view of its weight, which is no state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 2))
+        self.turned = self.weight.detach().t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.turned
+
+
+def _channels_last(layer: nn.Conv2d) -> nn.Conv2d:
+    layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
+    return layer
+
+
+def _addresses(module: nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in named_tensors(module).items()}
+
+
+def test_a_module_adopts_the_memory_of_what_it_is_filled_with() -> None:
+    """Nothing is copied, tied tensors stay tied, and the answers are those of a copy."""
+    given = {name: tensor.clone() for name, tensor in named_tensors(Everything()).items()}
+    module, copy = Everything().eval(), Everything().eval()
+    fill(module, given, adopt=True)
+    fill(copy, given)
+    assert _addresses(module) == {name: tensor.data_ptr() for name, tensor in given.items()}
+    assert len(list(module.parameters())) == len(list(copy.parameters()))
+    for name, tensor in named_tensors(copy).items():
+        assert torch.equal(named_tensors(module)[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("module", "given"),
+    [
+        (_KeepsAView(), {"weight": torch.randn(3, 2)}),
+        (nn.Linear(3, 2, bias=False).double(), {"weight": torch.randn(2, 3).bfloat16()}),
+        (_channels_last(nn.Conv2d(3, 4, 3, bias=False)), {"weight": torch.randn(4, 3, 3, 3)}),
+        (nn.Linear(3, 2, bias=False), {"weight": torch.randn(3, 2).t()}),
+    ],
+    ids=["a view is kept", "another dtype", "other strides", "given with other strides"],
+)
+def test_memory_that_would_not_do_is_copied(module: nn.Module, given: dict[str, Tensor]) -> None:
+    """What else looks at the module's memory sees the weights, and strides and dtypes stay."""
+    before = _addresses(module), [tensor.stride() for tensor in module.parameters()]
+    fill(module, given, adopt=True)
+    assert (_addresses(module), [tensor.stride() for tensor in module.parameters()]) == before
+    assert torch.equal(named_tensors(module)["weight"], given["weight"].to(named_tensors(module)["weight"].dtype))
+    if isinstance(module, _KeepsAView):
+        x = torch.randn(1, 2)
+        assert torch.equal(module(x), x @ given["weight"].t())

@@ -2,7 +2,9 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from emaswap import DirectoryStore
-from tests.faulty_models import BREAKS, TRUST, Fragile, Moody
+from tests.faulty_models import BREAKS, HANGS, TRUST, Fragile, Moody, hang
 from tests.service.web.test_predict import ROWS, put
 from tests.serving import ADMIN, Served, ServiceProcess, serve, wait_for
 
@@ -72,6 +74,27 @@ def test_a_version_that_breaks_is_replaced_at_once(store: DirectoryStore) -> Non
         assert set(statuses) == {200}
         assert answer.status_code == 503
         assert answer.json()["error"] == "version_changed"
+
+
+def test_a_version_that_breaks_after_it_was_replaced_stays_away(store: DirectoryStore) -> None:
+    """Its request is refused, those behind it are answered by the live version, and it does not come back for that one."""
+    put(store, Moody(), ROWS)
+    with guarded(store, forward_timeout_s=1) as served, ThreadPoolExecutor(4) as pool:
+        hanging = pool.submit(served.predict, [[float(HANGS), 0.5, 1]])
+        time.sleep(0.2)  # the first forward pass of a version runs on a thread
+        put(store, Moody(), ROWS)
+        served.wait_until_live(2)
+        behind = [pool.submit(served.predict, [[0, 0.5, 1]]) for _ in range(3)]
+        assert hanging.result().json()["error"] == "forward_timeout"
+        hang.over.set()
+        hang.over = threading.Event()
+        assert [each.result().headers["X-Model-Version"] for each in behind] == ["2"] * 3
+        assert served.states()[1]["reason"] == "forward_timeout"
+        assert served.metric("emaswap_rollbacks_total") == 0
+        served.predict([[float(BREAKS), 0.5, 1]])
+        assert served.states()[2]["state"] == "rejected"
+        assert served.metric("emaswap_live_version") == 0
+        assert served.predict([[0, 0.5, 1]]).json()["error"] == "no_live_version"
 
 
 def test_what_the_version_before_cannot_answer_either_is_no_fault(store: DirectoryStore) -> None:

@@ -25,7 +25,9 @@ def servable(publish: Publish) -> Servable:
     module = Linear().eval()
     manifest = publish(module)
     probe = Probe.record(module, manifest.signature, ROWS)
-    return Servable(manifest, module, probe, torch.device("cpu"), datetime.now(UTC))
+    return Servable(
+        manifest=manifest, module=module, probe=probe, device=torch.device("cpu"), loaded_at=datetime.now(UTC)
+    )
 
 
 def test_a_servable_that_answers_as_ever_is_proven(servable: Servable) -> None:
@@ -93,7 +95,9 @@ def test_answers_are_copies(store: DirectoryStore) -> None:
     module = Overwriting().eval()
     manifest = put(store, module, ROWS)
     probe = Probe.record(module, manifest.signature, ROWS)
-    servable = Servable(manifest, module, probe, torch.device("cpu"), datetime.now(UTC))
+    servable = Servable(
+        manifest=manifest, module=module, probe=probe, device=torch.device("cpu"), loaded_at=datetime.now(UTC)
+    )
     first = servable.run({"input": np.ones((2, 3), np.float32)})
     other = servable.answers_to(Probe({"input": torch.full((2, 3), 5.0)}, {}))
     servable.run({"input": np.zeros((2, 3), np.float32)})

@@ -14,7 +14,13 @@ from tests.models import Linear
 
 def servable(publish: Publish) -> Servable:
     """A servable of a version that was really published."""
-    return Servable(publish(), Linear(), Probe({}, {}), torch.device("cpu"), datetime.now(UTC))
+    return Servable(
+        manifest=publish(),
+        module=Linear(),
+        probe=Probe({}, {}),
+        device=torch.device("cpu"),
+        loaded_at=datetime.now(UTC),
+    )
 
 
 def test_a_new_slot_is_empty() -> None:
@@ -25,7 +31,7 @@ def test_a_new_slot_is_empty() -> None:
 def test_a_swap_makes_the_new_one_live_and_hands_back_the_old_one(publish: Publish) -> None:
     """Whoever swaps learns what was live before."""
     first, second = servable(publish), servable(publish)
-    slot = Slot()
+    slot: Slot[Servable] = Slot()
     assert slot.swap(first) is None
     assert slot.current is first
     assert slot.swap(second) is first
@@ -34,7 +40,7 @@ def test_a_swap_makes_the_new_one_live_and_hands_back_the_old_one(publish: Publi
 
 def test_a_slot_keeps_nothing_but_the_live_one(publish: Publish) -> None:
     """The old servable is freed as soon as nobody else uses it."""
-    slot = Slot()
+    slot: Slot[Servable] = Slot()
     slot.swap(servable(publish))
     gone = weakref.ref(slot.current)
     slot.swap(servable(publish))
@@ -44,7 +50,7 @@ def test_a_slot_keeps_nothing_but_the_live_one(publish: Publish) -> None:
 def test_what_is_withdrawn_is_live_no_more(publish: Publish) -> None:
     """A live servable can be withdrawn; one that has been replaced takes its successor nowhere."""
     first, second = servable(publish), servable(publish)
-    slot = Slot()
+    slot: Slot[Servable] = Slot()
     slot.swap(first)
     slot.swap(second)
     slot.withdraw(first)
@@ -56,7 +62,7 @@ def test_what_is_withdrawn_is_live_no_more(publish: Publish) -> None:
 def test_a_guarded_one_that_is_withdrawn_gives_its_place_back(publish: Publish) -> None:
     """The one before is live again; it has none before it."""
     first, second = servable(publish), servable(publish)
-    slot = Slot()
+    slot: Slot[Servable] = Slot()
     slot.swap(first)
     slot.swap(second, guarded=True)
     assert slot.previous is first
@@ -68,7 +74,7 @@ def test_a_guarded_one_that_is_withdrawn_gives_its_place_back(publish: Publish) 
 
 def test_a_guard_ends(publish: Publish) -> None:
     """The one before is freed once the live one is trusted, and not by the end of an earlier guard."""
-    slot = Slot()
+    slot: Slot[Servable] = Slot()
     slot.swap(servable(publish))
     slot.swap(servable(publish), guarded=True)
     before = weakref.ref(slot.previous)
@@ -77,3 +83,15 @@ def test_a_guard_ends(publish: Publish) -> None:
     assert before() is not None
     slot.trust(slot.current.version)
     assert before() is None, slot.previous
+
+
+def test_one_that_broke_takes_no_place_again(publish: Publish) -> None:
+    """A version that is withdrawn while another is live does not come back when that one breaks, too."""
+    first, second = servable(publish), servable(publish)
+    slot: Slot[Servable] = Slot()
+    slot.swap(first)
+    slot.swap(second, guarded=True)
+    slot.withdraw(first)
+    assert [slot.current, slot.previous] == [second, None]
+    slot.withdraw(second)
+    assert slot.current is None
