@@ -14,6 +14,7 @@ EmaswapError
     └── Fenced          another publisher has taken the store over; stop
 """
 
+import threading
 from enum import StrEnum
 
 _MAX_DETAIL = 10_000
@@ -97,6 +98,19 @@ class BadVersion(EmaswapError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception's type and message. Never raises, even where the exception's own text does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether an exception stops this program, rather than having been raised by somebody else's code."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 class PublishError(EmaswapError):

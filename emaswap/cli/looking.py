@@ -69,6 +69,9 @@ def verify(
     trusted = (*TRUSTED_BY_DEFAULT, *(trust or ()))
     problems = []
     for version in track(versions or look.numbers, "verifying", console=Console(stderr=True), transient=True):
+        if _is_pruned(found, version, look):
+            console.print(f"version {version}: weights pruned; what is left of it opens its term")
+            continue
         problem = _problem(found, version, look, line, trusted)
         console.print(plain(f"version {version}: {problem or 'right'}"), soft_wrap=True)
         problems += [problem] if problem else []
@@ -91,6 +94,16 @@ def _row(manifest: Manifest) -> list[str | Text]:
         manifest.weights.digest[:19],
         plain(", ".join(metrics)),
     ]
+
+
+def _is_pruned(store: Store, version: int, look: Look) -> bool:
+    """Return whether retention has left nothing but the manifest of a version, which stays because it opens a term."""
+    manifest = store.readable(version)
+    if manifest is None or version >= look.newest or None not in store.stamps(version).values():
+        return False
+    earlier = [number for number in look.numbers if number < version]
+    before = store.readable(earlier[-1]) if earlier else None
+    return before is None or before.term < manifest.term
 
 
 def _problem(store: Store, version: int, look: Look, line: Line, trusted: tuple[str, ...]) -> str:

@@ -12,6 +12,8 @@ __all__ = ["DirectoryStore", "Store", "open_store"]
 def open_store(location: str | Path) -> Store:
     """Return the store at a directory's path (or a `file://` URL of one). Nothing is touched before it is used."""
     text = str(location)
+    if not text:
+        raise StoreError("expected the path of a store's directory, got nothing")
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     elif "://" in text:

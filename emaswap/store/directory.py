@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,12 +34,20 @@ class DirectoryStore(Store):
         self.root = root.absolute()
 
 
+@dataclass(frozen=True)
+class _Above:
+    """The folder of a file. Its `inode` tells it from another that takes its place, or from a link to it."""
+
+    inode: int
+    linked: bool
+
+
 class Directory(Files):
     """The files below one directory."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
-        self._location = str(root)
+        self._location = os.fsencode(root).decode(errors="backslashreplace")  # to be shown and sent
         self._tmp = self._root / TMP
 
     @property
@@ -58,16 +67,16 @@ class Directory(Files):
             except FileNotFoundError:
                 return {}
             with listed:
-                now = time.time()
+                above, now = self._above(folder), time.time()
                 for each in listed:
                     with suppress(FileNotFoundError):  # deleted while we looked
-                        found[each.name] = _entry(each.stat(follow_symlinks=False), now)
+                        found[each.name] = _entry(each.stat(follow_symlinks=False), above, now)
         return found
 
     def entry(self, key: str) -> Entry | None:
         with reading(key, self._location):
             try:
-                return _entry((self._root / key).lstat(), time.time())
+                return _entry((self._root / key).lstat(), self._above(key.rpartition("/")[0]), time.time())
             except FileNotFoundError:
                 return None
 
@@ -118,8 +127,8 @@ class Directory(Files):
                 if self.entry(key) is None:
                     if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
                         raise StoreError(
-                            f"cannot publish to {self._location}: its file system has no hard links, "
-                            "which make a version appear all at once; choose another file system"
+                            f"cannot publish to {self._location}: a hard link, which makes a version appear all at once, "
+                            f"is refused ({error.strerror}); if its file system has none, choose another"
                         ) from error
                     raise
                 return self._holds(key, data)
@@ -139,8 +148,17 @@ class Directory(Files):
                 (self._root / key).unlink(missing_ok=True)
 
     def _expect_root(self) -> None:
-        if not self._root.is_dir():
-            raise Missing(f"the store {self._location} does not exist (yet)")
+        try:
+            found = self._root.stat()
+        except FileNotFoundError:
+            raise Missing(f"the store {self._location} does not exist (yet)") from None
+        except OSError as error:
+            raise StoreError(f"the store {self._location} cannot be reached: {error.strerror}") from error
+        if not stat.S_ISDIR(found.st_mode):
+            raise StoreError(f"the store {self._location} is no directory")
+
+    def _above(self, folder: str) -> "_Above":
+        return _Above((self._root / folder).lstat().st_ino if folder else 0, folder == VERSIONS)
 
     def _holds(self, key: str, data: bytes) -> bool:
         try:
@@ -160,5 +178,9 @@ def _remove_folder(path: Path) -> bool:
     return is_folder
 
 
-def _entry(found: os.stat_result, now: float) -> Entry:
-    return Entry(f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}", max(0.0, now - found.st_mtime))
+def _entry(found: os.stat_result, above: _Above, now: float) -> Entry:
+    # The change of its state shows what was restored with its old time of modification. Only, a manifest is linked into
+    # place: its state changes once more when the name under which it was written is removed.
+    changed = "" if above.linked else f"-{found.st_ctime_ns}"
+    stamp = f"{above.inode}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}{changed}"
+    return Entry(stamp, max(0.0, now - found.st_mtime))

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from emaswap.errors import BadVersion, EmaswapError, Reason, Short
+from emaswap.errors import BadVersion, EmaswapError, Reason, Short, describe, is_interrupt
 from emaswap.tensors import differences, dtype_name, in_words, named_tensors, plain_name
 from emaswap.versions.bounded import Bounded
 
@@ -214,17 +214,26 @@ def build(
             )
     except (BadVersion, Short):
         raise
-    except (Exception, SystemExit) as error:  # a factory is somebody else's code and may raise anything
-        raise BadVersion(
-            Reason.FACTORY_FAILED, f"{architecture.factory} failed: {type(error).__name__}: {error}"
-        ) from error
+    except BaseException as error:  # a factory is somebody else's code and may raise anything
+        if is_interrupt(error):
+            raise
+        raise BadVersion(Reason.FACTORY_FAILED, f"{architecture.factory} failed: {describe(error)}") from error
     return module.eval().requires_grad_(False)
+
+
+def _called(factory: Callable[[], Any]) -> Any:
+    """Return what a factory makes. What it says of versions is none of its business."""
+    try:
+        return factory()
+    except BadVersion as error:
+        raise RuntimeError(describe(error)) from None
 
 
 def _made(factory: Callable[[], Any], like: Mapping[str, Tensor] | None) -> Any:
     if like is None:
         with Bounded():
             return factory()
+    factory = partial(_called, factory)
     expected = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
     for to_be_filled in (True, False):
         bounded = Bounded(_USUAL_FACTOR * expected + _USUAL_BYTES, to_be_filled=to_be_filled)

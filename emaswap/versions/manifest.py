@@ -188,12 +188,7 @@ class Manifest(_Frozen):
         try:
             manifest = cls.model_validate_json(data, strict=True)
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(map(str, each['loc']))[:_MAX_PLACE] or 'manifest'}: {each['msg'][:_MAX_PROBLEM]}"
-                for each in error.errors(include_url=False, include_context=False, include_input=False)
-            ]
-            more = f"; and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
-            raise BadVersion(Reason.MANIFEST_INVALID, "; ".join(problems[:_SHOWN]) + more) from None
+            raise BadVersion(Reason.MANIFEST_INVALID, in_a_line(error)) from None
         return manifest._of(Identity(manifest.version, digest_of(data)))
 
     def _of(self, identity: Identity) -> Self:
@@ -227,6 +222,20 @@ def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def in_a_line(error: ValidationError) -> str:
+    """Return what is wrong with stored JSON, shortened: in which place, and what was expected there."""
+    problems = [
+        f"{'.'.join(map(str, each['loc']))[:_MAX_PLACE] or 'the whole'}: {each['msg'][:_MAX_PROBLEM]}"
+        for each in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    more = f"; and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
+    return "; ".join(problems[:_SHOWN]) + more
+
+
+MAX_REASON = 1000
+"""The most characters that an order's reason has."""
+
+
 class Pin(_Frozen):
     """An operator's order: this version is the one to serve, whatever is newer.
 
@@ -235,7 +244,7 @@ class Pin(_Frozen):
 
     version: Version
     digest: Digest | None = None
-    reason: str = ""
+    reason: Annotated[str, Field(max_length=MAX_REASON)] = ""
     at: datetime
 
     def names(self, identity: Identity) -> bool:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emaswap.errors import BadVersion, EmaswapError, Reason
+from emaswap.errors import BadVersion, EmaswapError, Reason, describe, is_interrupt
 from emaswap.tensors import not_finite
 from emaswap.versions.signature import Inputs, Signature
 
@@ -119,8 +119,10 @@ class Probe:
         try:
             named = signature.name_inputs(self.inputs)
             outputs = signature.run(module, {name: value.to(device, copy=True) for name, value in named.items()})
-        except Exception as error:  # forward is somebody else's code and may raise anything
-            raise BadVersion(Reason.PROBE_FAILED, f"the probe does not run: {type(error).__name__}: {error}") from error
+        except BaseException as error:  # forward is somebody else's code and may raise anything
+            if is_interrupt(error):
+                raise
+            raise BadVersion(Reason.PROBE_FAILED, f"the probe does not run: {describe(error)}") from error
         return {name: output.cpu() for name, output in outputs.items()}
 
     def compare(self, outputs: Mapping[str, Tensor], *, rtol: float, atol: float) -> None:

@@ -6,6 +6,7 @@ It belongs to the event loop, which alone writes its records; everything that bl
 import asyncio
 import contextlib
 import gc
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Generic
 import structlog
 
 from emaswap import BadVersion, Identity, Missing, Reason, StoreError
+from emaswap.errors import describe
 from service.control.lane import Blocked, Hung, Lane
 from service.control.lifecycle import LOADING, History, State
 from service.control.loader import Loader
@@ -70,6 +72,8 @@ class Conductor(Generic[Live]):
         self._turn = asyncio.Lock()
         self._standing = Standing()
         self._has_served = False
+        self._by_order: Identity | None = None
+        self._guarded_since = -math.inf
         self._guard_s = guard_s
         self._guard: asyncio.TimerHandle | None = None
         metrics.hung_loads.set_function(lambda: self._loading.hung)
@@ -90,11 +94,17 @@ class Conductor(Generic[Live]):
                 return await self._settle(thorough=thorough)
             except (StoreError, Hung, Blocked) as error:
                 self._metrics.store_errors.inc()
+                if isinstance(error, Missing) and self._slot.current is not None:
+                    self._standing = replace(self._standing, in_store=False)
+                    self._metrics.saw(self.standing)
                 said = str(error) if isinstance(error, StoreError) else f"the store does not answer: {error}"
                 self._conclude(said)
             except Exception as error:  # whatever it is, the live version keeps answering and the watch goes on
-                log.exception("the look at the store failed")
-                self._conclude(f"the look at the store failed: {type(error).__name__}: {error}")
+                self._metrics.store_errors.inc()
+                said = f"the look at the store failed: {describe(error)}"
+                if said != self._standing.status:
+                    log.exception("the look at the store failed")
+                self._conclude(said)
             return None
 
     def give_up(self, broken: Live, error: BadVersion) -> None:
@@ -160,15 +170,29 @@ class Conductor(Generic[Live]):
         if pin and (rejection := self._quarantine.rejections.get(pin.version)) and rejection.reason in OVERRULED:
             self._quarantine.release(pin.version)
             self._reconsider(pin.version)
+        if identity and identity == self._by_order and pin is None and found.live_stamp:
+            await self._end_exception(identity, found)
         in_store = None if self._slot.current is None else found.live_stamp is not None
         self._standing = replace(self._standing, pin=pin, newest=found.look.newest, in_store=in_store)
         self._metrics.saw(self.standing)
         return found
 
+    async def _end_exception(self, identity: Identity, found: Survey) -> None:
+        """Reject a live version that only the pin that is gone had let go live. It answers until another does."""
+        self._by_order = None
+        candidate = await self._looking.run(lambda: self._loader.read(identity.version), _LOOK_TIMEOUT_S)
+        if candidate.manifest.identity != identity:
+            return
+        try:
+            await self._looking.run(lambda: self._loader.check_place(candidate.manifest, found.look), _LOOK_TIMEOUT_S)
+        except BadVersion as error:
+            self._quarantine.reject(identity.version, error, found.manifests.get(identity.version), None)
+            log.warning("version not in line", version=identity.version, reason=error.reason, detail=error.detail)
+
     def _above(self) -> int:
         """Return the number above which versions can go live without a pin."""
         live = self._slot.current
-        return live.version if live and self._standing.in_store else 0
+        return live.version if live and self._standing.in_store and not self._is_kept_out() else 0
 
     def _next_retry_s(self) -> float | None:
         pin = self._standing.pin
@@ -231,7 +255,7 @@ class Conductor(Generic[Live]):
             return _Outcome.FAILED
         except Exception as error:  # whatever it is, other versions may load
             log.exception("loading failed", version=version)
-            self._set_back(attempt, f"{type(error).__name__}: {error}")
+            self._set_back(attempt, describe(error))
             return _Outcome.FAILED
         finally:
             attempt.over = True
@@ -242,6 +266,9 @@ class Conductor(Generic[Live]):
         loop = asyncio.get_running_loop()
         candidate = await self._loading.run(lambda: self._loader.read(attempt.identity.version), self._load_timeout_s)
         manifest = candidate.manifest
+        live = self._slot.current
+        if live is not None and manifest.identity == live.manifest.identity:
+            raise Missing(f"the store changed under the look: version {manifest.version} there is the live one")
         attempt.identity, attempt.stamps = manifest.identity, candidate.stamps
         self._history.identify(
             manifest.identity, attempt.stamp, digest=manifest.weights.digest, step=manifest.training.step
@@ -291,8 +318,14 @@ class Conductor(Generic[Live]):
             gc.freeze()
             self._has_served = True
         # An order holds whatever happens, and what is not in the store any more is nothing to return to.
-        guarded = self._guard_s > 0 and self._standing.pin is None and bool(self._standing.in_store)
-        before = self._slot.swap(servable, guarded=guarded)
+        pin = self._standing.pin
+        guarded = self._guard_s > 0 and pin is None and bool(self._standing.in_store) and not self._is_kept_out()
+        self._by_order = servable.manifest.identity if pin else None
+        # Where versions follow quickly, each is compared with one that has stood the test, not with the last that came.
+        keep = time.monotonic() - self._guarded_since < self._guard_s
+        before = self._slot.swap(servable, guarded=guarded, keep=keep)
+        if self._slot.previous is before:
+            self._guarded_since = time.monotonic()
         self._begin_guard(servable.version if guarded else None)
         if before is not None:
             self._history.enter(before.manifest.identity, State.PREVIOUS)
@@ -312,6 +345,11 @@ class Conductor(Generic[Live]):
             drift=servable.drift,
             timings_s=dict(timings_s),
         )
+
+    def _is_kept_out(self) -> bool:
+        """Return whether the live version would not be let in again."""
+        live = self._slot.current
+        return live is not None and live.version in self._quarantine.rejections
 
     def _begin_guard(self, version: int | None) -> None:
         """Have the guard over a version end in time, and that over the one before it at once."""

@@ -85,7 +85,7 @@ class Loader(ABC, Generic[Live]):
 
         manifest = candidate.manifest
         if look.pin is None or not look.pin.names(manifest.identity):
-            self._line.check(manifest, look)
+            self.check_place(manifest, look)
         try:
             return self._prove(manifest, live, stage)
         except BadVersion as error:
@@ -94,6 +94,10 @@ class Loader(ABC, Generic[Live]):
             if error.reason is Reason.FILE_MISSING and self._was_pruned(manifest.version):
                 raise Missing(f"version {manifest.version} was pruned while it was being read") from None
             raise
+
+    def check_place(self, manifest: Manifest, look: Look) -> None:
+        """Raise `BadVersion` when a version is not in the line of those in the store."""
+        self._line.check(manifest, look)
 
     @abstractmethod
     def _prove(self, manifest: Manifest, live: Live | None, stage: Stage) -> Live:

@@ -86,7 +86,8 @@ def _follow_newest(known: Known) -> Load | Stay:
             return Stay(f"the store has no versions any more; still serving version {serving}")
         return Stay("there is no version in the store yet")
     newer = known.versions
-    if known.live is not None:
+    # What only a pin had let go live is rejected once that is gone, and any good version takes its place.
+    if known.live is not None and known.live not in known.rejected:
         newer = tuple(version for version in known.versions if version > known.live)
     for version in reversed(newer):
         if version not in known.rejected and version not in known.waiting:
@@ -98,7 +99,7 @@ def _nothing_to_load(known: Known, newer: tuple[int, ...]) -> Stay:
     if waiting := [version for version in newer if version in known.waiting]:
         why = f"version {waiting[-1]} could not be loaded and will be tried again{known.still}"
         return Stay(why, waiting[-1])
-    if known.live is None:
+    if known.live is None or known.live in known.rejected:
         return Stay(f"all {len(known.versions)} versions in the store were rejected{known.still}")
     if newer:
         return Stay(f"every version after the live {known.live} was rejected")

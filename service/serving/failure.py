@@ -6,6 +6,7 @@ from enum import StrEnum
 
 import torch
 
+from emaswap import errors
 from service.refusal import shorten
 
 # torch has no class of its own for memory that ran out on the CPU or in a CUDA library.
@@ -55,10 +56,7 @@ class Failure:
 
 def describe(error: BaseException) -> str:
     """Return an exception's type and message, shortened. Never raises, even where the exception's own text does."""
-    try:
-        return shorten(f"{type(error).__name__}: {error}")
-    except Exception:
-        return type(error).__name__
+    return shorten(errors.describe(error))
 
 
 def out_of_memory(error: BaseException | None) -> bool:

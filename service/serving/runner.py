@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from emaswap.errors import describe
+
 Result = TypeVar("Result")
 
 _Jobs = SimpleQueue[tuple["Future[Any]", Callable[[], Any]] | None]
@@ -65,7 +67,7 @@ def _to_be_raised(error: BaseException) -> Exception:
     """Return an error that a coroutine can raise: a future takes no StopIteration, and others would end the event loop."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    return RuntimeError(describe(error))
 
 
 def _clear(error: BaseException) -> None:

@@ -29,14 +29,16 @@ class Slot(Generic[Live]):
         """What takes its place if it fails."""
         return self._previous
 
-    def swap(self, new: Live, *, guarded: bool = False) -> Live | None:
+    def swap(self, new: Live, *, guarded: bool = False, keep: bool = False) -> Live | None:
         """Make a version the live one, and return the one before it, which is kept ready if the new one is `guarded`.
 
-        Running requests keep the one before alive in any case.
+        With `keep`, what is kept ready stays so where there is something. Running requests keep the one before alive
+        in any case.
         """
         with self._changing:
             before, self._current = self._current, new
-            self._previous = before if guarded else None
+            kept = self._previous if keep and self._previous is not None else before
+            self._previous = kept if guarded else None
         return before
 
     def trust(self, version: int) -> None:

@@ -1,6 +1,8 @@
 """What operators may do: pin, unpin, refresh. A bearer token guards it; without a token file it is off."""
 
+import asyncio
 import shlex
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +15,22 @@ from service.web.schemas import PinState
 from service.web.token import Token
 
 _ORDER_TIMEOUT_S = 30.0
+_TICK_S = 0.25
 
 
 class Admin:
     """Checks the operators' token, and writes their orders into the store, where they hold for every replica."""
 
-    def __init__(self, store: Store, conductor: Conductor[Any], token: Token | None) -> None:
+    def __init__(
+        self, store: Store, conductor: Conductor[Any], token: Token | None, draining: Callable[[], bool]
+    ) -> None:
+        """Without a `token`, operators can do nothing here. While it is `draining`, nothing is waited for."""
         self._store = store
         self._conductor = conductor
         self._token = token
+        self._draining = draining
         self._lane = Lane("emaswap-orders")
+        self._looking: set[asyncio.Task[float | None]] = set()
 
     def authorize(self, authorization: bytes) -> None:
         """Raise `Refusal` unless the `Authorization` header, empty without one, carries the token."""
@@ -34,10 +42,11 @@ class Admin:
             )
 
     async def pin(self, version: int, reason: str) -> PinState:
-        """Pin a version, and wait until it is live (or turned out not to be servable)."""
-        await self._conductor.settle(thorough=True)
+        """Pin a version, and wait for a while until it is live (or turned out not to be servable)."""
+        if self._is_rejected(version):
+            await self._conductor.settle(thorough=True)  # it may be another by now
         record = self._conductor.standing.record(version)
-        if record and record.state is State.REJECTED and record.reason not in OVERRULED:
+        if record and self._is_rejected(version):
             raise Refusal(
                 Code.VERSION_WAS_REJECTED, f"version {version} was rejected: {record.reason}: {record.detail}"
             )
@@ -51,13 +60,23 @@ class Admin:
         return await self.refresh()
 
     async def refresh(self) -> PinState:
-        """Look at the store now rather than at the next poll."""
-        await self._conductor.settle(thorough=True)
+        """Look at the store now rather than at the next poll, and tell how things stand then, or after a while."""
+        looking = asyncio.create_task(self._conductor.settle(thorough=True), name="refresh")
+        self._looking.add(looking)
+        looking.add_done_callback(self._looking.discard)
+        # What loads just now may take long or hang; the order holds all the same.
+        until = time.monotonic() + _ORDER_TIMEOUT_S
+        while not looking.done() and not self._draining() and time.monotonic() < until:
+            await asyncio.wait({looking}, timeout=_TICK_S)
         return PinState.of(self._conductor.standing)
 
     def close(self) -> None:
         """Let the thread end; do not wait for an order that is under way."""
         self._lane.close()
+
+    def _is_rejected(self, version: int) -> bool:
+        record = self._conductor.standing.record(version)
+        return record is not None and record.state is State.REJECTED and record.reason not in OVERRULED
 
     async def _order(self, order: Callable[[], object], command: str) -> None:
         try:

@@ -41,7 +41,9 @@ _MAX_ADMIN_BODY_BYTES = 64 << 10
 def create_app(settings: ServiceSettings) -> FastAPI:
     """Return the ASGI application for these settings."""
     service = Service(settings)
-    admin = Admin(service.store, service.conductor, Token.read(settings.admin_token_file, "admin"))
+    admin = Admin(
+        service.store, service.conductor, Token.read(settings.admin_token_file, "admin"), lambda: service.draining
+    )
     predict = Predict(
         service.slot,
         service.batcher,

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from emaswap import Pin, Reason, Signature
 from emaswap.versions.architecture import Architecture
-from emaswap.versions.manifest import EmaInfo, TrainingInfo
+from emaswap.versions.manifest import MAX_REASON, EmaInfo, TrainingInfo
 from service.control.lifecycle import Record, State
 from service.control.standing import Standing
 from service.serving.servable import Served
@@ -157,7 +157,7 @@ class PinRequest(_Schema):
 
     # In strict mode true, 1.0 and "1" are no whole numbers.
     version: Annotated[int, Field(strict=True, ge=1, le=10**15)]
-    reason: Annotated[str, Field(strict=True, max_length=1000)] = ""
+    reason: Annotated[str, Field(strict=True, max_length=MAX_REASON)] = ""
 
 
 class PinState(_Schema):

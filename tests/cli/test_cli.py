@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from emaswap import Architecture, DirectoryStore, Publisher, __version__, cli
 from emaswap.store.keys import tensors_key
 from emaswap.store.line import Term
+from emaswap.store.retention import Retention
 from tests.conftest import Publish
 from tests.forging import FORGERIES, commit
 from tests.models import Linear
@@ -189,3 +190,63 @@ def test_an_error_is_one_line_and_status_1(tmp_path: Path, arguments: list[str],
 def test_the_release_is_printed() -> None:
     """`emaswap --version` says which release this is."""
     assert emaswap("--version").output.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pin", "--store", "STORE", "1", "--reason", "x" * 1001], "at most 1000 characters"),
+        (["pin", "--store", "STORE", "1", "--reason", "\udcff"], "reason"),
+        (["pin", "--store", "STORE", "1" + "0" * 260], "10000"),
+        (["unpin", "--store", "NOWHERE"], "does not exist"),
+        (["ls", "--store", "x" * 300], "cannot be reached"),
+        (["ls", "--store", ""], "got nothing"),
+        (["ls", "--store", "FILE"], "is no directory"),
+        (["pin", "--store", "FILE", "1"], "no directory"),
+    ],
+    ids=[
+        "long reason",
+        "reason in bytes",
+        "huge number",
+        "unpin nowhere",
+        "long name",
+        "no name",
+        "file",
+        "pin in a file",
+    ],
+)
+def test_what_cannot_be_is_told_in_a_sentence(
+    store: DirectoryStore, publish: Publish, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    """No traceback, no pin that nobody can read, and no success that is none."""
+    publish()
+    (tmp_path / "file").touch()
+    places = {"STORE": store.root, "NOWHERE": tmp_path / "nowhere", "FILE": tmp_path / "file"}
+    ended = run("-m", "emaswap", *(str(places.get(each, each)) for each in arguments))
+    assert ended.returncode not in (0, -6), ended.stdout
+    assert "Traceback" not in ended.stderr
+    assert said in " ".join(ended.stderr.replace("│", " ").split())
+    assert store.orders.pin() is None
+
+
+def test_a_store_that_was_pruned_verifies(store: DirectoryStore, publish: Publish) -> None:
+    """Of the version that opens a term only the manifest is kept; nothing is wrong with that, and nobody can pin it."""
+    for _ in range(4):
+        publish()
+    Retention(store, keep=2, grace_s=0).prune()
+    result = emaswap("verify", "--store", store.root, *ALL)
+    assert result.exit_code == 0, result.output
+    assert "version 1: weights pruned" in result.output
+    assert "version 4: right" in result.output
+    refused = emaswap("pin", "--store", store.root, 1)
+    assert refused.exit_code != 0
+    assert "were pruned" in str(refused.exception)
+    assert store.orders.pin() is None
+
+
+def test_weights_that_are_missing_otherwise_are_a_problem(store: DirectoryStore, publish: Publish) -> None:
+    """Retention removes a version as a whole unless that opens a term."""
+    for _ in range(3):
+        publish()
+    store.files.delete(tensors_key("weights", store.manifest(2).weights.digest))
+    assert "version 2: file_missing" in emaswap("verify", "--store", store.root, *ALL).output

@@ -1,5 +1,6 @@
 """Building a module from trusted factories only, and filling it with verified weights."""
 
+import asyncio
 import io
 import math
 import sys
@@ -198,6 +199,49 @@ def test_what_is_named_exactly_may_be_defined_elsewhere() -> None:
 def test_a_trusted_factory_that_fails_is_a_bad_version(factory: str) -> None:
     """Whatever is wrong with a trusted factory, the version is refused for it, by name."""
     assert reason_for(factory, factory, "nets.*") == Reason.FACTORY_FAILED
+
+
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(3),
+        GeneratorExit(),
+        asyncio.CancelledError(),
+        BaseException("odd"),
+        _Mute(),
+        BadVersion(Reason.STALE_TERM, "a lie"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_factory_raises_it_has_failed(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No exception of a factory's gets away, not even one that has no text or speaks of another reason."""
+
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setitem(globals(), "fails", fails)
+    fails.__module__, fails.__qualname__ = __name__, "fails"
+    trusted = f"{__name__}:fails"
+    like = {"weight": torch.zeros(1)}
+    with pytest.raises(BadVersion) as raised:
+        build(Architecture(factory=trusted), trusted=[trusted], like=like)
+    assert raised.value.reason == Reason.FACTORY_FAILED
+
+
+def test_ctrl_c_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who stops the program while a factory runs stops the program."""
+
+    def waits() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(globals(), "waits", waits)
+    with pytest.raises(KeyboardInterrupt):
+        build(Architecture(factory=f"{__name__}:waits"), trusted=[f"{__name__}:waits"])
 
 
 @pytest.mark.usefixtures("package")

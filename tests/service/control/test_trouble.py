@@ -4,6 +4,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -229,6 +230,26 @@ def test_the_watch_goes_on_beside_a_load_that_hangs(store: DirectoryStore, publi
         served.wait_until_live(later.version)
         assert_answers_with(served, later.version)
         assert served.metric("emaswap_hung_loads") == 1
+
+
+def test_an_order_does_not_wait_for_a_load_that_hangs(store: DirectoryStore, publish: Publish, tmp_path: Path) -> None:
+    """It is in the store, for all replicas, before the load is given up."""
+    publish()
+    (tmp_path / "token").write_text("correct horse")
+    with (
+        serving(store, load_timeout_s=20, admin_token_file=tmp_path / "token") as served,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        served.wait_until_live(1)
+        module = Troubled()
+        served.wait_until_live(publish(module).version)
+        trouble.factory_hangs = True
+        publish(module)
+        wait_for(lambda: served.states().get(3, {}).get("state") == "verifying", what="a load that hangs")
+        answer = pool.submit(served.client.post, "/model/pin", json={"version": 1}, headers=ADMIN)
+        wait_for(store.orders.pin, timeout_s=5, what="the pin")
+        trouble.over.set()
+        assert answer.result().json()["pin"]["version"] == 1
 
 
 def test_a_model_that_is_too_large_is_rejected(store: DirectoryStore, publish: Publish) -> None:

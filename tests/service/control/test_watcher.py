@@ -196,6 +196,16 @@ def test_a_store_may_appear_after_the_service(store: DirectoryStore, publish: Pu
         assert served.client.get("/readyz").status_code == 200
 
 
+def test_a_live_version_is_not_in_a_store_that_is_gone(served: Served, store: DirectoryStore, publish: Publish) -> None:
+    """As long as the whole store is away, nobody says that it has the live version."""
+    served.wait_until_live(publish().version)
+    store.root.rename(store.root.with_name("away"))
+    wait_for(lambda: served.metric("emaswap_live_in_store") == 0, what="the store seen to be gone")
+    assert served.client.get("/model/version").json()["in_store"] is False
+    store.root.with_name("away").rename(store.root)
+    wait_for(lambda: served.metric("emaswap_live_in_store") == 1, what="the store seen again")
+
+
 def test_a_store_may_vanish_and_come_back(
     served: Served, store: DirectoryStore, publish: Publish, tmp_path: Path
 ) -> None:
@@ -213,6 +223,23 @@ def test_a_store_may_vanish_and_come_back(
     (tmp_path / "away").rename(store.root)
     served.wait_until_live(publish().version)
     assert_answers_with(served, 2)
+
+
+@pytest.mark.parametrize("kind", ["file", "link loop", "long name", "no UTF-8"])
+def test_what_is_no_store_is_told_in_a_sentence(tmp_path: Path, kind: str) -> None:
+    """The status says what is wrong with the path, every look that fails is counted, and the log tells it once."""
+    path = tmp_path / ("x" * 300 if kind == "long name" else os.fsdecode(b"\xff") if kind == "no UTF-8" else "store")
+    if kind == "file":
+        path.touch()
+    elif kind == "link loop":
+        path.symlink_to(path)
+    with serve(store=str(path), **FAST) as served, structlog.testing.capture_logs() as entries:
+        wait_for_store_error(served)
+        wait_for_store_error(served)
+        answer = served.client.get("/readyz")
+        assert answer.status_code == 503
+        assert {"file": "is no directory", "no UTF-8": "does not exist"}.get(kind, "cannot be reached") in answer.text
+        assert [entry for entry in entries if "exception" in entry or entry["log_level"] == "error"] == []
 
 
 def test_a_store_that_is_suddenly_empty_takes_nothing_away(
@@ -293,6 +320,35 @@ def test_a_repaired_version_is_tried_again(store: DirectoryStore, tmp_path: Path
         assert (state["state"], state["reason"], state["detail"]) == ("live", None, None)
 
 
+def test_a_version_that_was_restored_as_it_was_is_tried_again(store: DirectoryStore, publish: Publish) -> None:
+    """Bytes that are put back into the same file with its old time of modification are noticed, too."""
+    publish()
+    path = weights_of(store, publish())
+    found = path.stat()
+    right = flip_a_bit(path)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with serve(store=str(store.root), **FAST) as served:
+        served.wait_until_rejected(2)
+        path.write_bytes(right)
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+        served.wait_until_live(2)
+
+
+@pytest.mark.parametrize("folder", ["weights", "probes", "versions"])
+def test_a_folder_that_was_a_link_for_a_while_is_looked_at_again(
+    store: DirectoryStore, tmp_path: Path, publish: Publish, folder: str
+) -> None:
+    """What is moved back into the store is the same files, and yet they can be read again."""
+    publish()
+    (store.root / folder).rename(tmp_path / "elsewhere")
+    (store.root / folder).symlink_to(tmp_path / "elsewhere")
+    with serve(store=str(store.root), **FAST) as served:
+        assert served.wait_until_rejected(1)["reason"] == "not_a_file"
+        (store.root / folder).unlink()
+        (tmp_path / "elsewhere").rename(store.root / folder)
+        served.wait_until_live(1)
+
+
 def test_a_version_whose_weights_come_late_is_tried_again(
     served: Served, store: DirectoryStore, publish: Publish, tmp_path: Path
 ) -> None:
@@ -354,6 +410,26 @@ def test_a_replaced_publishers_version_is_rejected(served: Served, store: Direct
     assert_answers_with(served, 2)
     commit(store, second, version=4)
     served.wait_until_live(4)
+
+
+@pytest.mark.parametrize("kind", ["stale_term", "out_of_line"])
+def test_what_only_a_pin_let_go_live_is_replaced_without_it(
+    store: DirectoryStore, tmp_path: Path, publish: Publish, kind: str
+) -> None:
+    """Unpinned, the newest version in the line is live at once, as in a service that starts then; so are later ones."""
+    with Publisher(store, name="test", architecture=Architecture.of(Linear), probe=torch.ones(2, 3)) as publisher:
+        publisher.publish(Linear())
+    publish()
+    odd = 3 if kind == "stale_term" else 5 * 10**12
+    commit(store, store.manifest(2), version=odd, term=1)
+    (tmp_path / "token").write_text("correct horse")
+    with serve(store=str(store.root), admin_token_file=tmp_path / "token", **FAST) as served:
+        assert served.wait_until_rejected(odd)["reason"] == kind
+        assert served.client.post("/model/pin", json={"version": odd}, headers=ADMIN).json()["live"] == odd
+        assert served.client.delete("/model/pin", headers=ADMIN).json()["live"] == 2
+        assert_answers_with(served, 2)
+        assert served.client.post("/model/pin", json={"version": odd}, headers=ADMIN).json()["live"] == odd
+        assert served.client.delete("/model/pin", headers=ADMIN).json()["live"] == 2
 
 
 # -- one version after another ------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from tests.faulty_models import (
     Moody,
     Overwriting,
     Pair,
-    hang,
 )
 from tests.models import Linear
 from tests.service.web.test_predict import ROWS, assert_refused, connect, head, put
@@ -55,14 +54,6 @@ def moody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     put(store, Moody(), ROWS, ANY_SIZE)
     with serving(store) as served:
         yield served
-
-
-@pytest.fixture
-def hanging() -> Iterator[None]:
-    """Forward passes may hang in this test; afterwards they are let go."""
-    hang.over.clear()
-    yield
-    hang.over.set()
 
 
 def row(first: float) -> list[float]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from emaswap import DirectoryStore
-from tests.faulty_models import BREAKS, HANGS, TRUST, Fragile, Moody, hang
+from tests.faulty_models import BREAKS, HANGS, TRUST, Fragile, Moody
 from tests.service.web.test_predict import ROWS, put
 from tests.serving import ADMIN, Served, ServiceProcess, serve, wait_for
 
@@ -76,6 +76,7 @@ def test_a_version_that_breaks_is_replaced_at_once(store: DirectoryStore) -> Non
         assert answer.json()["error"] == "version_changed"
 
 
+@pytest.mark.usefixtures("hanging")
 def test_a_version_that_breaks_after_it_was_replaced_stays_away(store: DirectoryStore) -> None:
     """Its request is refused, those behind it are answered by the live version, and it does not come back for that one."""
     put(store, Moody(), ROWS)
@@ -86,8 +87,6 @@ def test_a_version_that_breaks_after_it_was_replaced_stays_away(store: Directory
         served.wait_until_live(2)
         behind = [pool.submit(served.predict, [[0, 0.5, 1]]) for _ in range(3)]
         assert hanging.result().json()["error"] == "forward_timeout"
-        hang.over.set()
-        hang.over = threading.Event()
         assert [each.result().headers["X-Model-Version"] for each in behind] == ["2"] * 3
         assert served.states()[1]["reason"] == "forward_timeout"
         assert served.metric("emaswap_rollbacks_total") == 0
@@ -107,6 +106,19 @@ def test_what_the_version_before_cannot_answer_either_is_no_fault(store: Directo
         assert answer.json()["outputs"] == [[None]]
         assert answer.headers["X-Model-Version"] == "2"
         assert served.live() == 2
+
+
+def test_versions_in_quick_succession_are_compared_with_one_that_has_stood_the_test(store: DirectoryStore) -> None:
+    """A version is not taken for good because the one before it, which nobody has trusted yet, fails as it does."""
+    publish(store, 1e9)
+    with guarded(store) as served:
+        for version in (2, 3, 4):
+            publish(store, 5)
+            served.wait_until_live(version)
+        answer = served.predict([[7, 0, 0]])
+        assert answer.json()["outputs"] == [[7]]
+        assert answer.headers["X-Model-Version"] == "1"
+        assert served.wait_until_rejected(4)["reason"] == "answers_not_finite"
 
 
 @pytest.mark.parametrize("guard_s", [0, 0.2])
