@@ -1,7 +1,7 @@
 """Retention: which old versions a store lets go of, and their deletion.
 
 Kept are the newest, the pinned, and everything younger than a grace period, so that a reader who has just found a
-version can still fetch it. Of the first version of a term the manifest stays for good: it is what a zombie of the
+version can still fetch it, and a publisher can commit one whose files it has just written. Of the first version of a term the manifest stays for good: it is what a zombie of the
 term before collides with. What is not recognised is never deleted.
 """
 
@@ -55,7 +55,7 @@ class Retention:
         pruned = []
         failure: StoreError | None = None
         for version in doomed:
-            gone = sorted((facts[version].keys - kept_keys) & there)
+            gone = [key for key in sorted((facts[version].keys - kept_keys) & there) if not self._is_young(key)]
             there.difference_update(gone)
             if version not in openers:
                 # The manifest goes first: a reader then finds no version, rather than one without its weights.
@@ -95,6 +95,14 @@ class Retention:
         for key in orphans:
             self.store.files.delete(key)
         return orphans
+
+    def _is_young(self, key: str) -> bool:
+        """Return whether a file was written within the grace period: a version that names it may be about to be committed.
+
+        The same weights may be published again while the version that had them is falling out.
+        """
+        entry = self.store.files.entry(key)
+        return entry is not None and entry.age_s <= self.grace_s
 
     def _doomed(self, look: Look, facts: Mapping[int, Facts]) -> list[int]:
         newest = look.in_line[-self.keep :]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from emaswap import DirectoryStore, EmaswapError, Manifest, Missing, Publisher, Store, StoreError
+from emaswap.files.tensor_file import Blob
 from emaswap.store.directory import Directory
 from emaswap.store.keys import manifest_key, tensors_key
 from emaswap.store.retention import Retention
@@ -44,9 +45,9 @@ def fresh(count: int) -> list[nn.Module]:
 
 
 def make_old(store: DirectoryStore, *folders: str, seconds: float = 2 * HOUR_S) -> None:
-    """Age every file of some folders."""
+    """Age every file of some folders, by default all."""
     then = time.time() - seconds
-    for folder in folders:
+    for folder in folders or ("versions", "weights", "probes"):
         for path in (store.root / folder).iterdir():
             os.utime(path, (then, then), follow_symlinks=False)
 
@@ -69,7 +70,7 @@ def weights_file(store: DirectoryStore, manifest: Manifest) -> Path:
 def test_the_newest_versions_are_kept(store: DirectoryStore, keep: int, left: list[int]) -> None:
     """Of old versions just the newest stay whole, as many as are to be kept."""
     turn(store, *fresh(6))
-    make_old(store, "versions")
+    make_old(store)
     pruned = Retention(store, keep=keep).prune()
     assert whole(store) == left
     assert pruned == [version for version in range(1, 7) if version not in left]
@@ -78,7 +79,7 @@ def test_the_newest_versions_are_kept(store: DirectoryStore, keep: int, left: li
 def test_pruning_takes_all_files_of_a_version(store: DirectoryStore) -> None:
     """A pruned version's weights and probe go with its manifest."""
     turn(store, *fresh(5))
-    make_old(store, "versions")
+    make_old(store)
     Retention(store, keep=2).prune()
     assert len(store.files.entries("weights")) == len(store.files.entries("probes")) == 2
     with pytest.raises(Missing):
@@ -88,7 +89,7 @@ def test_pruning_takes_all_files_of_a_version(store: DirectoryStore) -> None:
 def test_pruning_again_does_nothing(store: DirectoryStore) -> None:
     """What is pruned already is not pruned once more, nor reported."""
     turn(store, *fresh(4))
-    make_old(store, "versions")
+    make_old(store)
     retention = Retention(store, keep=1)
     assert retention.prune() == [1, 2, 3]
     assert retention.prune() == []
@@ -111,7 +112,7 @@ def test_keeping_nothing_is_refused(store: DirectoryStore) -> None:
 def test_the_pinned_version_is_kept(store: DirectoryStore, pinned: int) -> None:
     """A version that an operator pinned stays whole, however old."""
     turn(store, *fresh(6))
-    make_old(store, "versions")
+    make_old(store)
     store.orders.set_pin(pinned)
     Retention(store, keep=1).prune()
     assert whole(store) == sorted({pinned, 6})
@@ -120,7 +121,7 @@ def test_the_pinned_version_is_kept(store: DirectoryStore, pinned: int) -> None:
 def test_a_version_goes_once_it_is_no_longer_pinned(store: DirectoryStore) -> None:
     """A pin keeps a version as long as it is set, not for ever."""
     turn(store, *fresh(4))
-    make_old(store, "versions")
+    make_old(store)
     retention = Retention(store, keep=1)
     store.orders.set_pin(2)
     retention.prune()
@@ -131,7 +132,7 @@ def test_a_version_goes_once_it_is_no_longer_pinned(store: DirectoryStore) -> No
 def test_a_pin_that_cannot_be_understood_keeps_everything(store: DirectoryStore) -> None:
     """As long as nobody can tell what is pinned, nothing is deleted."""
     turn(store, *fresh(4))
-    make_old(store, "versions")
+    make_old(store)
     (store.root / "PIN").write_text("rubbish")
     with pytest.raises(EmaswapError, match="PIN"):
         Retention(store, keep=1).prune()
@@ -141,17 +142,27 @@ def test_a_pin_that_cannot_be_understood_keeps_everything(store: DirectoryStore)
 def test_young_versions_are_kept(store: DirectoryStore) -> None:
     """A version that a reader may just have found is not deleted, even if newer ones fill the number to keep."""
     turn(store, *fresh(3))
-    make_old(store, "versions", seconds=61)
+    make_old(store, seconds=61)
     turn(store, *fresh(3))
     Retention(store, keep=1, grace_s=60).prune()
     assert whole(store) == [4, 5, 6]
+
+
+def test_files_that_were_just_written_are_kept(store: DirectoryStore) -> None:
+    """A publisher may be about to commit another version with the weights of one that falls out."""
+    old, _ = turn(store, *fresh(2))
+    make_old(store)
+    state = store.tensors("weights", old.weights).tensors
+    assert store.add_tensors("weights", state) == Blob(digest=old.weights.digest, size=old.weights.size)
+    Retention(store, keep=1).prune()
+    assert weights_file(store, old).exists()
 
 
 def test_the_first_manifest_of_each_term_stays(store: DirectoryStore) -> None:
     """Its weights go, but the manifest that a zombie of the term before would collide with is there for good."""
     for _ in range(3):
         turn(store, *fresh(3))
-    make_old(store, "versions")
+    make_old(store)
     Retention(store, keep=1).prune()
     assert store.versions() == [1, 4, 7, 9]
     assert whole(store) == [9]
@@ -164,10 +175,10 @@ def test_weights_that_a_kept_version_names_stay(store: DirectoryStore, keeper: s
     if keeper == "pinned":
         kept, *_ = turn(store, same, *fresh(1), same, *fresh(2))
         store.orders.set_pin(1)
-        make_old(store, "versions")
+        make_old(store)
     else:
         *_, kept = turn(store, *fresh(1), same, *fresh(1), same)
-        make_old(store, "versions")
+        make_old(store)
         if keeper == "young":
             kept = turn(store, same, *fresh(2))[0]
     Retention(store, keep=1).prune()
@@ -180,7 +191,7 @@ def test_weights_go_with_the_last_version_that_names_them(store: DirectoryStore)
     """Once no version names a file of shared content any more, it is deleted."""
     same = Linear()
     manifest, *_ = turn(store, same, *fresh(1), same, *fresh(1))
-    make_old(store, "versions")
+    make_old(store)
     Retention(store, keep=1).prune()
     assert not weights_file(store, manifest).exists()
 
@@ -250,7 +261,7 @@ def test_a_manifest_that_cannot_be_read_is_not_deleted(store: DirectoryStore, da
     """A version of a later release, or a damaged one, stays for somebody who can tell what it is."""
     turn(store, *fresh(5))
     damage(store.root / manifest_key(3))
-    make_old(store, "versions")
+    make_old(store)
     Retention(store, keep=1).prune()
     assert store.versions() == [1, 3, 5]
 
@@ -279,7 +290,7 @@ class Stubborn(Directory):
 def test_one_file_that_cannot_be_deleted_keeps_no_other_version(store: DirectoryStore, kind: str) -> None:
     """The others go all the same, the error is told at the end, and what a manifest names stays as long as it does."""
     manifests = turn(store, *fresh(6))
-    make_old(store, "versions")
+    make_old(store)
     files = Stubborn(store.root)
     weights = weights_file(store, manifests[2])
     files.kept = (manifest_key(3) if kind == "manifest" else str(weights.relative_to(store.root)),)
@@ -292,7 +303,7 @@ def test_one_file_that_cannot_be_deleted_keeps_no_other_version(store: Directory
 def test_an_empty_folder_in_the_place_of_weights_does_not_stop_pruning(store: DirectoryStore) -> None:
     """It goes like the file that should be there."""
     manifests = turn(store, *fresh(4))
-    make_old(store, "versions")
+    make_old(store)
     weights_file(store, manifests[1]).unlink()
     weights_file(store, manifests[1]).mkdir()
     Retention(store, keep=1).prune()
@@ -303,11 +314,11 @@ def test_what_was_remembered_of_a_deleted_store_is_forgotten(store: DirectorySto
     """Versions of the same numbers in a store that was made anew are judged by what they say themselves."""
     retention = Retention(store, keep=1)
     turn(store, *fresh(4))
-    make_old(store, "versions")
+    make_old(store)
     retention.prune()
     shutil.rmtree(store.root)
     again = turn(store, *fresh(4))
-    make_old(store, "versions")
+    make_old(store)
     retention.prune()
     assert whole(store) == [4]
     assert [weights_file(store, each).exists() for each in again] == [False, False, False, True]
@@ -322,7 +333,7 @@ def test_a_publisher_prunes_as_it_goes(store: DirectoryStore) -> None:
         for module in fresh(5):
             publisher.publish(module)
             publisher.flush()
-            make_old(store, "versions")
+            make_old(store)
     assert whole(store)[-2:] == [4, 5]
     assert len(store.files.entries("weights")) <= 3
 
