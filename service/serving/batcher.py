@@ -61,7 +61,7 @@ class Batcher:
         self._waiting: deque[Request] = deque()
         self._waiting_bytes = 0
         self._running: asyncio.Task[None] | None = None
-        metrics.waiting.set_function(lambda: len(self._waiting))
+        metrics.waiting = lambda: len(self._waiting)
 
     def submit(self, request: Request) -> None:
         """Queue a validated request; call `begin` after the last one. Raises `Refusal` when the queue is full."""
@@ -91,7 +91,7 @@ class Batcher:
             if servable is None or not batch:
                 continue
             rows = sum(request.rows for request in batch)
-            self._metrics.batch_rows.observe(rows)
+            self._metrics.ran(rows)
             try:
                 inputs = _stack(batch)
                 ran = self._forward.here(servable, inputs) if self._pace.is_quick(rows) else None

@@ -221,7 +221,7 @@ class Forward:
         return BadVersion(Reason.FORWARD_TIMEOUT, failure.text)
 
     def _note(self, cause: Cause, servable: Servable, failure: Failure) -> None:
-        self._metrics.forward_failures.labels(cause=cause).inc()
+        self._metrics.failed(cause)
         if (skipped := self._seldom[cause].skipped()) is not None:
             log.warning(
                 "forward pass failed",

@@ -2,11 +2,13 @@
 
 from bisect import bisect_left
 from collections import Counter as Counts
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any, Self
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.serving.failure import Cause
@@ -31,6 +33,15 @@ class Tally:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def add(self, state: Mapping[str, Any]) -> None:
+        """Count what another tally of the same bounds counted, as its `state` says."""
+        self._counts = [own + other for own, other in zip(self._counts, state["counts"], strict=True)]
+        self._sum += state["sum"]
+
+    def state(self) -> dict[str, Any]:
+        """Return what was counted, as JSON can tell it."""
+        return {"counts": list(self._counts), "sum": self._sum}
+
     def family(self, name: str, documentation: str) -> HistogramMetricFamily:
         """Return the histogram that is scraped."""
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
@@ -38,34 +49,85 @@ class Tally:
         return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=self._sum)
 
 
-class ServingMetrics(Collector):
-    """The metrics of a service's answers."""
+@dataclass
+class Counted:
+    """What was counted of the answers of one process, or of several together."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._requests: Counts[int] = Counts()
-        self._request_seconds = Tally(_SECONDS)
-        self.batch_rows = Tally(_ROWS)
-        registry.register(self)
-        self.forward_failures = Counter(
+    requests: Counts[int] = field(default_factory=Counts)
+    request_seconds: Tally = field(default_factory=lambda: Tally(_SECONDS))
+    batch_rows: Tally = field(default_factory=lambda: Tally(_ROWS))
+    failures: Counts[str] = field(default_factory=Counts)
+    waiting: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return it as JSON can tell it."""
+        return {
+            "requests": {str(status): count for status, count in self.requests.items()},
+            "request_seconds": self.request_seconds.state(),
+            "batch_rows": self.batch_rows.state(),
+            "failures": dict(self.failures),
+            "waiting": self.waiting,
+        }
+
+    def add(self, state: Mapping[str, Any]) -> Self:
+        """Add what another process counted, as its `state` says."""
+        self.requests.update({int(status): count for status, count in state["requests"].items()})
+        self.request_seconds.add(state["request_seconds"])
+        self.batch_rows.add(state["batch_rows"])
+        self.failures.update(state["failures"])
+        self.waiting += state["waiting"]
+        return self
+
+    def families(self) -> Iterator[Metric]:
+        """Return the metrics that are scraped."""
+        requests = CounterMetricFamily(
+            "emaswap_requests", "Answers to requests for predictions, by HTTP status.", labels=["status"]
+        )
+        for status, answers in sorted(self.requests.items()):
+            requests.add_metric([str(status)], answers)
+        yield requests
+        yield self.request_seconds.family("emaswap_request_seconds", "Time from a request's first byte to its answer.")
+        yield self.batch_rows.family("emaswap_batch_rows", "Rows that ran through the model at once.")
+        failures = CounterMetricFamily(
             "emaswap_forward_failures",
             "Forward passes that failed, by cause: memory, request, version, timeout.",
-            ["cause"],
-            registry=registry,
+            labels=["cause"],
         )
         for cause in Cause:
-            self.forward_failures.labels(cause=cause)
-        self.waiting = Gauge("emaswap_waiting_requests", "Requests waiting for the model.", registry=registry)
+            failures.add_metric([str(cause)], self.failures[cause])
+        yield failures
+        yield GaugeMetricFamily("emaswap_waiting_requests", "Requests waiting for the model.", value=self.waiting)
+
+
+class ServingMetrics(Collector):
+    """The metrics of one process's answers."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        """Register the metrics, where they are to be scraped in this process."""
+        self._counted = Counted()
+        self.waiting: Callable[[], int] = lambda: 0
+        if registry is not None:
+            registry.register(self)
+
+    @property
+    def counted(self) -> Counted:
+        """What was counted so far."""
+        self._counted.waiting = self.waiting()
+        return self._counted
 
     def answered(self, status: int, seconds: float) -> None:
         """Note that a request for a prediction was answered."""
-        self._requests[status] += 1
-        self._request_seconds.observe(seconds)
+        self._counted.requests[status] += 1
+        self._counted.request_seconds.observe(seconds)
+
+    def ran(self, rows: int) -> None:
+        """Note that so many rows run through the model at once."""
+        self._counted.batch_rows.observe(rows)
+
+    def failed(self, cause: Cause) -> None:
+        """Note that a forward pass failed."""
+        self._counted.failures[cause] += 1
 
     def collect(self) -> Iterator[Metric]:
         """Return what was counted."""
-        requests = CounterMetricFamily("emaswap_requests", "Answers of /predict, by HTTP status.", labels=["status"])
-        for status, answers in sorted(self._requests.items()):
-            requests.add_metric([str(status)], answers)
-        yield requests
-        yield self._request_seconds.family("emaswap_request_seconds", "Time from a request's first byte to its answer.")
-        yield self.batch_rows.family("emaswap_batch_rows", "Rows that ran through the model at once.")
+        return self.counted.families()

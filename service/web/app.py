@@ -1,7 +1,7 @@
 """The FastAPI application over the parts of a service. Its lifespan starts and stops them."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -9,11 +9,12 @@ from fastapi import APIRouter, FastAPI, Header
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emaswap import __version__
-from service.parts import Service
+from service.parts import Following, Service
 from service.settings import ServiceSettings
 from service.web import open_inference_routes, refused
 from service.web.admin import Admin
@@ -39,27 +40,37 @@ _MAX_ADMIN_BODY_BYTES = 64 << 10
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:
-    """Return the ASGI application for these settings."""
+    """Return the ASGI application of a service in one process."""
     service = Service(settings)
-    admin = Admin(
-        service.store, service.conductor, Token.read(settings.admin_token_file, "admin"), lambda: service.draining
-    )
     predict = Predict(
-        service.slot,
-        service.batcher,
-        service.serving_metrics,
+        service.answering,
         settings,
         standing=lambda: service.standing,
         draining=lambda: service.draining,
         token=Token.read(settings.predict_token_file, "predict"),
     )
+    app = create_control_app(service, Endpoint(predict), closing=predict.close)
+    app.state.predict = predict
+    add_cors(app, settings)
+    return app
+
+
+def create_control_app(
+    service: Following[Any], endpoint: ASGIApp, *, closing: Callable[[], None] = lambda: None
+) -> FastAPI:
+    """Return the application over what follows a store, with requests for predictions going to an endpoint.
+
+    `closing` is called at the end.
+    """
+    token = Token.read(service.settings.admin_token_file, "admin")
+    admin = Admin(service.store, service.conductor, token, lambda: service.draining)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service.running():
             yield
         admin.close()
-        predict.close()
+        closing()
 
     app = FastAPI(
         title="emaswap",
@@ -70,6 +81,18 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(_HeadAsGet)
+    app.state.service = service
+    app.router.routes += [_predict_route(endpoint), *open_inference_routes.infer_routes(endpoint)]
+    app.include_router(open_inference_routes.routes(service))
+    app.include_router(_model_routes(service))
+    app.include_router(_admin_routes(admin))
+    app.include_router(_probe_routes(service))
+    refused.install(app)
+    return app
+
+
+def add_cors(app: Starlette, settings: ServiceSettings) -> None:
+    """Let pages of other origins ask, where the settings name some."""
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -78,16 +101,6 @@ def create_app(settings: ServiceSettings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Model-Version", "X-Model-Digest", "Inference-Header-Content-Length"],
         )
-    app.state.service = service
-    app.state.predict = predict
-    endpoint = Endpoint(predict)
-    app.router.routes += [_predict_route(endpoint), *open_inference_routes.infer_routes(endpoint)]
-    app.include_router(open_inference_routes.routes(service))
-    app.include_router(_model_routes(service))
-    app.include_router(_admin_routes(admin))
-    app.include_router(_probe_routes(service))
-    refused.install(app)
-    return app
 
 
 class _HeadAsGet:
@@ -115,7 +128,7 @@ def _predict_route(endpoint: ASGIApp) -> APIRoute:
     return route
 
 
-def _model_routes(service: Service) -> APIRouter:
+def _model_routes(service: Following[Any]) -> APIRouter:
     routes = APIRouter(prefix="/model", tags=["model"])
 
     @routes.get("/version")
@@ -162,7 +175,7 @@ def _admin_routes(admin: Admin) -> APIRouter:
     return routes
 
 
-def _probe_routes(service: Service) -> APIRouter:
+def _probe_routes(service: Following[Any]) -> APIRouter:
     routes = APIRouter(tags=["operations"])
 
     @routes.get("/healthz")
@@ -180,6 +193,7 @@ def _probe_routes(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Return all metrics in the text format of Prometheus."""
+        await service.gather()
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return routes

@@ -9,13 +9,13 @@ from starlette.types import ASGIApp
 
 from emaswap import __version__
 from service.control.lifecycle import State
-from service.parts import Service
-from service.serving.servable import Servable
+from service.parts import Following
+from service.serving.servable import Served
 from service.web import refused
 from service.web.open_inference import InferRequest, check_named, tensor_metadata
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Following[Any]) -> APIRouter:
     """Return the routes that tell what there is."""
     router = APIRouter(prefix="/v2", tags=["open inference protocol"])
     _add_server(router, service)
@@ -32,7 +32,7 @@ def infer_routes(endpoint: ASGIApp) -> list[APIRoute]:
     return found
 
 
-def _add_server(router: APIRouter, service: Service) -> None:
+def _add_server(router: APIRouter, service: Following[Any]) -> None:
     @router.get("")
     async def server() -> dict[str, Any]:
         """What this server is."""
@@ -70,9 +70,9 @@ def _add_server(router: APIRouter, service: Service) -> None:
         return [each for each in found if each["state"] == "READY"] if (asked or {}).get("ready") else found
 
 
-def _add_model(router: APIRouter, service: Service) -> None:
-    def live(model: str, version: str | None) -> Servable:
-        servable = service.slot.current
+def _add_model(router: APIRouter, service: Following[Any]) -> None:
+    def live(model: str, version: str | None) -> Served:
+        servable: Served | None = service.slot.current
         if servable is None:
             raise refused.no_live_version(service.standing.status)
         check_named(servable, model, version)

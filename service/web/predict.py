@@ -17,13 +17,11 @@ import structlog
 from emaswap import Signature
 from service.control.standing import Standing
 from service.logs import Seldom
+from service.parts import Answering
 from service.refusal import Code, Refusal
-from service.serving.batcher import Batcher
 from service.serving.forward import count
-from service.serving.metrics import ServingMetrics
 from service.serving.request import Asker, Request
 from service.serving.servable import Rows, Servable
-from service.serving.slot import Slot
 from service.settings import ServiceSettings
 from service.web import refused
 from service.web.dialect import Parsed
@@ -72,9 +70,7 @@ class Predict(Asker):
 
     def __init__(
         self,
-        slot: Slot[Servable],
-        batcher: Batcher,
-        metrics: ServingMetrics,
+        answering: Answering,
         settings: ServiceSettings,
         *,
         standing: Callable[[], Standing],
@@ -88,9 +84,9 @@ class Predict(Asker):
         self.settings = settings
         self.rules = Rules(settings.max_body_bytes, token)
         self.draining = draining
-        self.batcher = batcher
-        self._slot = slot
-        self._metrics = metrics
+        self.batcher = answering.batcher
+        self._slot = answering.slot
+        self._metrics = answering.metrics
         self._standing = standing
         self._arrived: list[Exchange] = []
         self._tasks: set[asyncio.Task[None]] = set()

@@ -351,7 +351,7 @@ def test_a_request_cannot_break_version_after_version(store: DirectoryStore) -> 
     """One that breaks by itself what runs it is tried on no other; its neighbours in a batch are answered by the next."""
     put(store, Moody(), ROWS)
     with serving(store) as served:
-        batcher, slot = served.service.batcher, served.service.slot
+        batcher, slot = served.service.answering.batcher, served.service.slot
         whole = copy.deepcopy(slot.current.module) if slot.current else Moody()
         broken: list[Servable] = []
 
