@@ -41,6 +41,7 @@ class Following(Generic[Live]):
             load_timeout_s=settings.load_timeout_s,
             guard_s=settings.guard_s,
         )
+        Gauge("emaswap_workers", "Processes that answer.", registry=self.registry).set_function(lambda: self.workers)
         path = self.store.watch_path
         self.watcher = Watcher(self.conductor, Notices(path) if path else None, poll_s=settings.poll_s)
 
@@ -56,6 +57,11 @@ class Following(Generic[Live]):
             return "draining"
         standing = self.standing
         return None if standing.live else standing.status
+
+    @property
+    def workers(self) -> int:
+        """How many processes answer."""
+        return 1
 
     def give_up(self, broken: Live, error: BadVersion) -> None:
         """Reject a version that turned out broken while it answered, and look for another at once."""

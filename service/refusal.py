@@ -39,6 +39,7 @@ class Code(StrEnum):
     FORWARD_TIMEOUT = "forward_timeout"
     NO_LIVE_VERSION = "no_live_version"
     OUT_OF_MEMORY = "out_of_memory"
+    SUPERVISOR_UNREACHABLE = "supervisor_unreachable"
     STORE_UNREACHABLE = "store_unreachable"
     VERSION_CHANGED = "version_changed"
     DEADLINE_EXCEEDED = "deadline_exceeded"

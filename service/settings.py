@@ -1,7 +1,7 @@
 """The service's settings: each a flag and an `EMASWAP_...` variable, read once."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag, SettingsConfigDict
@@ -29,6 +29,10 @@ class ServiceSettings(CommandSettings):
     )
     cors_origin: CommaSeparated = Field(
         (), description="Origin whose pages may ask, as `https://example.org`, or * for all; none by default."
+    )
+    workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        1,
+        description="Processes that answer, all from one copy of the weights; `auto` for one on each processor. On CUDA, one.",
     )
     trust: CommaSeparated = Field(
         (),

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Header
@@ -11,15 +12,17 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emaswap import __version__
-from service.parts import Following, Service
+from service.parts import Following, Service, compute_with
 from service.settings import ServiceSettings
 from service.web import open_inference_routes, refused
 from service.web.admin import Admin
 from service.web.endpoint import Endpoint
 from service.web.predict import Predict
+from service.web.relay import Relay
 from service.web.schemas import (
     Health,
     LiveVersion,
@@ -32,6 +35,7 @@ from service.web.schemas import (
     Versions,
 )
 from service.web.token import Token
+from service.workers.worker import Worker
 
 # 422 by name, too, or FastAPI would document a form of its own for it.
 _PROBLEMS: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in ("4XX", 422, 503)}
@@ -88,6 +92,36 @@ def create_control_app(
     app.include_router(_admin_routes(admin))
     app.include_router(_probe_routes(service))
     refused.install(app)
+    return app
+
+
+def create_worker_app(worker: Worker, supervisor: Path) -> Starlette:
+    """Return the application of a worker: it answers predictions, and relays the rest to its supervisor's socket."""
+    settings = worker.settings
+    predict = Predict(
+        worker.answering,
+        settings,
+        standing=lambda: worker.standing,
+        draining=lambda: worker.draining,
+        token=Token.read(settings.predict_token_file, "predict"),
+    )
+    endpoint, relay = Endpoint(predict), Relay(supervisor, settings.root_path.rstrip("/"))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        compute_with(settings.threads, worker.flip.workers)
+        worker.start()
+        yield
+        predict.close()
+        worker.close()
+        await relay.close()
+
+    app = Starlette(lifespan=lifespan)
+    app.state.service = worker
+    app.state.predict = predict
+    app.router.routes += [_predict_route(endpoint), *open_inference_routes.infer_routes(endpoint), Mount("/", relay)]
+    refused.install(app)
+    add_cors(app, settings)
     return app
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 import orjson
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from emaswap import Pin
@@ -44,6 +45,7 @@ STATUS = {
     Code.FORWARD_TIMEOUT: 503,
     Code.NO_LIVE_VERSION: 503,
     Code.OUT_OF_MEMORY: 503,
+    Code.SUPERVISOR_UNREACHABLE: 503,
     Code.STORE_UNREACHABLE: 503,
     Code.VERSION_CHANGED: 503,
 }
@@ -116,7 +118,7 @@ def body(refusal: Refusal, *, in_words: bool = False) -> bytes:
     return orjson.dumps(named)
 
 
-def install(app: FastAPI) -> None:
+def install(app: Starlette) -> None:
     """Make an application answer everything that it refuses in this one form."""
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -11,14 +11,16 @@ from tests.forging import FORGERIES, commit
 from tests.serving import ServiceProcess, wait_for
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DirectoryStore, Term, ServiceProcess]]:
+@pytest.fixture(scope="module", params=["1", "2"], ids=["one worker", "two workers"])
+def place(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[DirectoryStore, Term, ServiceProcess]]:
     """A store with one good version, the term that fills it, and a service over it."""
     folder: Path = tmp_path_factory.mktemp("bad")
     store = DirectoryStore(folder / "store")
     term = Term(store, "test")
     commit(store, term)
-    with ServiceProcess(store.root, "--poll-s", "0.1") as service:
+    with ServiceProcess(store.root, "--poll-s", "0.1", "--workers", request.param) as service:
         yield store, term, service
 
 
