@@ -78,7 +78,7 @@ def _supervise(settings: ServiceSettings, workers: int) -> None:
             nursery = Nursery(partial(_work, _Shared(settings, flip, listener, path)))
             try:
                 app = create_control_app(Supervisor(settings, flip, nursery), _no_answer)
-                SupervisorServer(app, uds=path, name=listener.getsockname()).run()
+                SupervisorServer(app, uds=path, listener=listener).run()
             finally:
                 nursery.end()
     finally:

@@ -48,7 +48,10 @@ class ServiceSettings(CommandSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run the model.")
     threads: int = Field(
-        0, ge=0, description="Threads that torch computes with on the CPU; 0 for half of the processors that are there."
+        0,
+        ge=0,
+        le=1024,
+        description="Threads that torch computes with on the CPU; 0 for half of the processors that are there.",
     )
     batching: CliImplicitFlag[bool] = Field(
         True,
@@ -81,9 +84,15 @@ class ServiceSettings(CommandSettings):
         ge=1,
         description="Connections that may be open; where files are short, fewer. Idle ones make room for new.",
     )
-    idle_timeout_s: float = Field(60.0, gt=0, description="Seconds that a connection may wait for its next request.")
-    head_timeout_s: float = Field(10.0, gt=0, description="Seconds a client may take to send its headers; then 408.")
-    body_timeout_s: float = Field(30.0, gt=0, description="Seconds a client may take to send its body; then 408.")
+    idle_timeout_s: float = Field(
+        60.0, gt=0, le=86400, description="Seconds that a connection may wait for its next request."
+    )
+    head_timeout_s: float = Field(
+        10.0, gt=0, le=86400, description="Seconds a client may take to send its headers; then 408."
+    )
+    body_timeout_s: float = Field(
+        30.0, gt=0, le=86400, description="Seconds a client may take to send its body; then 408."
+    )
     forward_timeout_s: float = Field(
         30.0,
         gt=0,
@@ -91,9 +100,9 @@ class ServiceSettings(CommandSettings):
         description="Seconds that the model may take for a batch; then 503, and its version is given up.",
     )
     drain_s: float = Field(
-        0.5, ge=0, description="Seconds after SIGTERM in which /readyz says no, but requests are still taken."
+        0.5, ge=0, le=3600, description="Seconds after SIGTERM in which /readyz says no, but requests are still taken."
     )
-    shutdown_s: float = Field(30.0, gt=0, description="Seconds that requests in flight then have to finish.")
+    shutdown_s: float = Field(30.0, gt=0, le=3600, description="Seconds that requests in flight then have to finish.")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Log lines as JSON or as text; `auto` is text on a terminal and JSON elsewhere."
     )

@@ -36,16 +36,20 @@ def ls(store: Location) -> None:
         numeric = heading in ("version", "term", "step", "MB")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for version in look.numbers:
-        notes = "pinned" if pin and pin.version == version else ""
         try:
             manifest = found.manifest(version)
         except (BadVersion, Missing, Unreadable) as error:
             table.add_row(str(version), *[""] * 6, plain(f"cannot be read: {error}"))
             continue
+        notes = "pinned" if pin and pin.names(manifest.identity) else ""
         if manifest.weights.digest not in stored:
             notes = f"{notes} weights pruned".strip()
         table.add_row(*_row(manifest), notes)
     console.print(table)
+    if pin and look.get(pin.version) is None:
+        console.print(f"version {pin.version} is pinned, and is not in the store")
+    elif pin and (there := found.readable(pin.version)) and not pin.names(there.identity):
+        console.print(f"another version {pin.version} is pinned than the one that has its number now")
     if no_pin:
         raise no_pin
 

@@ -8,6 +8,7 @@ overtaken collides with its successor's first version, sees the higher term, and
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from emaswap.errors import BadVersion, Fenced, Missing, PublishError, Reason, StoreError, Unreadable
@@ -78,10 +79,16 @@ class Line:
         }
         for each in [each for each in look.versions if each.version < manifest.version][-_LOOK_BACK:]:
             if each.version not in self._terms:
-                before = self._store.readable(each.version)
-                self._terms[each.version] = each.stamp, before.term if before else None
+                with suppress(Missing, Unreadable):  # it may be read next time
+                    self._terms[each.version] = each.stamp, self._term_of(each.version)
         known = {version: term for version, (_, term) in self._terms.items() if term is not None}
         check_place(manifest, look.numbers, known)
+
+    def _term_of(self, version: int) -> int | None:
+        try:
+            return self._store.manifest(version).term
+        except BadVersion:
+            return None
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class Retention:
         return entry is not None and entry.age_s <= self.grace_s
 
     def _doomed(self, look: Look, facts: Mapping[int, Facts]) -> list[int]:
-        newest = look.in_line[-self.keep :]
+        # What cannot be understood is kept anyway, and takes the place of none that can be.
+        newest = [version for version in look.in_line if version in facts][-self.keep :]
         return [
             seen.version
             for seen in look.versions

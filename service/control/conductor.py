@@ -77,6 +77,7 @@ class Conductor(Generic[Live]):
         self._guard_s = guard_s
         self._guard: asyncio.TimerHandle | None = None
         metrics.hung_loads.set_function(lambda: self._loading.hung)
+        metrics.know(self._history.newest_first)
 
     @property
     def standing(self) -> Standing:

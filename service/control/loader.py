@@ -84,14 +84,15 @@ class Loader(ABC, Generic[Live]):
                 timings_s[str(state)] = round(time.perf_counter() - began, 6)
 
         manifest = candidate.manifest
-        if look.pin is None or not look.pin.names(manifest.identity):
+        pinned = look.pin is not None and look.pin.names(manifest.identity)
+        if not pinned:
             self.check_place(manifest, look)
         try:
             return self._prove(manifest, live, stage)
         except BadVersion as error:
             if is_shortage(error):
                 raise Short(str(error)) from None
-            if error.reason is Reason.FILE_MISSING and self._was_pruned(manifest.version):
+            if error.reason is Reason.FILE_MISSING and not pinned and self._was_pruned(manifest.version):
                 raise Missing(f"version {manifest.version} was pruned while it was being read") from None
             raise
 

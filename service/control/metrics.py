@@ -1,13 +1,14 @@
 """What is measured of versions, in Prometheus' terms: which is live, how fresh it is, how loading goes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from emaswap import Reason
+from service.control.lifecycle import Record, State
 from service.control.standing import Standing
 from service.serving.servable import Served
 from service.serving.slot import Slot
@@ -75,7 +76,15 @@ class ControlMetrics:
             "Mean |difference| of the live version's answers to its probe from its predecessor's.",
             registry=registry,
         )
+        self._versions = Gauge("emaswap_versions", "Versions known of, by state.", ["state"], registry=registry)
         self.store_errors = Counter("emaswap_store_errors", "Looks at the store that failed.", registry=registry)
+
+    def know(self, records: Callable[[], Iterable[Record]]) -> None:
+        """Ask for the records of versions at each scrape."""
+        for state in State:
+            self._versions.labels(state=state).set_function(
+                lambda state=state: sum(record.state is state for record in records())  # type: ignore[misc]
+            )
 
     def saw(self, standing: Standing) -> None:
         """Note what a look at the store showed."""

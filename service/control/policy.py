@@ -100,7 +100,7 @@ def _nothing_to_load(known: Known, newer: tuple[int, ...]) -> Stay:
         why = f"version {waiting[-1]} could not be loaded and will be tried again{known.still}"
         return Stay(why, waiting[-1])
     if known.live is None or known.live in known.rejected:
-        return Stay(f"all {len(known.versions)} versions in the store were rejected{known.still}")
+        return Stay(f"all {len(known.versions)} versions in the store were rejected{known.still}", known.versions[-1])
     if newer:
         return Stay(f"every version after the live {known.live} was rejected")
     return Stay(f"the newest version {known.live} is live")

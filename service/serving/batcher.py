@@ -61,7 +61,9 @@ class Batcher:
         self._waiting: deque[Request] = deque()
         self._waiting_bytes = 0
         self._running: asyncio.Task[None] | None = None
+        self._in_batch = 0
         metrics.waiting = lambda: len(self._waiting)
+        metrics.in_flight = lambda: len(self._waiting) + self._in_batch
 
     def submit(self, request: Request) -> None:
         """Queue a validated request; call `begin` after the last one. Raises `Refusal` when the queue is full."""
@@ -91,7 +93,7 @@ class Batcher:
             if servable is None or not batch:
                 continue
             rows = sum(request.rows for request in batch)
-            self._metrics.ran(rows)
+            self._metrics.begins(rows, time.perf_counter() - batch[0].began)
             try:
                 inputs = _stack(batch)
                 ran = self._forward.here(servable, inputs) if self._pace.is_quick(rows) else None
@@ -106,9 +108,10 @@ class Batcher:
             if isinstance(ran, Failure) and self._excuse(servable, batch, ran):
                 continue
             if not isinstance(ran, Ran) or self._forward.is_suspect(ran.outputs, self._slot):
+                self._in_batch = len(batch)
                 self._running = asyncio.create_task(self._aside(servable, batch, inputs, ran), name="batch")
                 return
-            self._pace.note(rows, ran.seconds)
+            self._note(rows, ran)
             self._answer(batch, ran.outputs, servable)
             if self._waiting:  # whoever else is on the event loop has a turn between two batches
                 asyncio.get_running_loop().call_soon(self.begin)
@@ -132,7 +135,7 @@ class Batcher:
                 results = await self._forward.explain(servable, [request.inputs for request in batch], ran)
                 tell = lambda: self._tell_each(batch, results, servable)  # noqa: E731
             else:
-                self._pace.note(count(inputs), ran.seconds)
+                self._note(count(inputs), ran)
                 outputs = ran.outputs
                 if self._forward.is_suspect(outputs, self._slot):
                     await self._forward.compare(servable, inputs, outputs, self._slot)
@@ -146,6 +149,7 @@ class Batcher:
             tell = lambda: self._tell_failed(batch, fault)  # noqa: E731
         finally:
             self._running = None
+            self._in_batch = 0
         self.begin()  # first, so that the model works while answers are written
         tell()
         self.begin()
@@ -165,6 +169,10 @@ class Batcher:
             self._on_broken(servable, error)
         except Exception:  # a fault of ours, which must not end the batches to come
             log.exception("giving a version up failed", version=servable.version)
+
+    def _note(self, rows: int, ran: Ran) -> None:
+        self._pace.note(rows, ran.seconds)
+        self._metrics.computed(ran.seconds)
 
     def _chunk(self) -> int | None:
         return self._pace.limit if self._batching else None

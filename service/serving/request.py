@@ -28,14 +28,15 @@ class Request:
     """One request: `rows` rows of inputs, by name, that fit a signature.
 
     `alone` is set for one that must share its batch with no other, `suspect` for one whose client has just sent what the
-    model cannot take. `deadline` is on the clock of
-    `time.perf_counter`, in seconds; a request that has not begun by then is refused.
+    model cannot take. `began`, when it came, and `deadline` are on the clock of `time.perf_counter`, in seconds; a
+    request whose turn has not come by its deadline is refused.
     """
 
-    __slots__ = ("alone", "asker", "deadline", "gone", "inputs", "rows", "signature", "size_bytes", "suspect")
+    __slots__ = ("alone", "asker", "began", "deadline", "gone", "inputs", "rows", "signature", "size_bytes", "suspect")
 
-    def __init__(self, asker: Asker, deadline: float | None = None) -> None:
+    def __init__(self, asker: Asker, began: float, deadline: float | None = None) -> None:
         self.asker = asker
+        self.began = began
         self.deadline = deadline
         self.alone = False
         self.suspect = False

@@ -6,7 +6,6 @@ stay: which worker wakes up first is chance, and SO_REUSEPORT draws lots for eac
 """
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable
 
@@ -29,12 +28,14 @@ class Acceptor:
         self._loop.add_reader(listener, self._heard)
 
     def close(self) -> None:
-        """Take no further connections. The socket is the caller's."""
+        """Take what has come, and no further connections. The socket is the caller's."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         else:
             self._loop.remove_reader(self._listener)
+        while self._accept():
+            pass
 
     def _heard(self) -> None:
         if self._ahead():
@@ -48,11 +49,13 @@ class Acceptor:
         self._loop.add_reader(self._listener, self._heard)
         self._accept()
 
-    def _accept(self) -> None:
-        # Whatever is wrong, be it that another worker was quicker or that files are short, the next one is heard of.
-        with contextlib.suppress(OSError):
+    def _accept(self) -> bool:
+        try:
             connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            task = self._loop.create_task(self._loop.connect_accepted_socket(self._connect, connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        except OSError:  # another worker was quicker, or files are short: the next one is heard of
+            return False
+        connection.setblocking(False)
+        task = self._loop.create_task(self._loop.connect_accepted_socket(self._connect, connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return True

@@ -13,13 +13,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emaswap import __version__
 from service.parts import Following, Service, compute_with
 from service.settings import ServiceSettings
 from service.web import open_inference_routes, refused
 from service.web.admin import Admin
+from service.web.body import ClientGone, read
 from service.web.endpoint import Endpoint
 from service.web.predict import Predict
 from service.web.relay import Relay
@@ -89,7 +90,7 @@ def create_control_app(
     app.router.routes += [_predict_route(endpoint), *open_inference_routes.infer_routes(endpoint)]
     app.include_router(open_inference_routes.routes(service))
     app.include_router(_model_routes(service))
-    app.include_router(_admin_routes(admin))
+    app.include_router(_admin_routes(admin, service.settings))
     app.include_router(_probe_routes(service))
     refused.install(app)
     return app
@@ -181,17 +182,26 @@ def _model_routes(service: Following[Any]) -> APIRouter:
     return routes
 
 
-def _admin_routes(admin: Admin) -> APIRouter:
+def _admin_routes(admin: Admin, settings: ServiceSettings) -> APIRouter:
     class Guarded(APIRoute):
-        """A route whose body is not even read before the token is checked."""
+        """A route whose body is not even read before the token is checked, and then not beyond its bound."""
 
         async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
             admin.authorize(dict(scope["headers"]).get(b"authorization", b""))
-            await super().handle(scope, receive, send)
+            try:
+                body = await read(receive, max_bytes=_MAX_ADMIN_BODY_BYTES, timeout_s=settings.body_timeout_s)
+            except ClientGone:
+                return
+            whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def replay() -> Message:
+                return whole.pop() if whole else await receive()
+
+            await super().handle(scope, replay, send)
 
     routes = APIRouter(prefix="/model", tags=["operators"], route_class=Guarded)
 
-    @routes.post("/pin", max_body_size=_MAX_ADMIN_BODY_BYTES)
+    @routes.post("/pin")
     async def pin(request: PinRequest) -> PinState:
         """Serve this version, whatever is newer, until the pin is removed. It holds across restarts and replicas."""
         return await admin.pin(request.version, request.reason)

@@ -43,13 +43,12 @@ _ATTEMPTS = 3
 class Exchange(Request):
     """One request of a client's, and the way back to it."""
 
-    __slots__ = ("asked", "attempts", "began", "body", "head")
+    __slots__ = ("asked", "attempts", "body", "head")
 
     def __init__(self, predict: "Predict", head: Head, body: bytes, began: float) -> None:
-        super().__init__(predict, None if head.timeout_s is None else began + head.timeout_s)
+        super().__init__(predict, began, None if head.timeout_s is None else began + head.timeout_s)
         self.head = head
         self.body = body
-        self.began = began
         self.attempts = 1
         self.asked: object = None
 
@@ -107,6 +106,7 @@ class Predict(Asker):
 
     def refuse(self, exchange: Exchange, refusal: Refusal) -> None:
         """Answer a request with a refusal."""
+        self._metrics.refused(refusal.code)
         body = exchange.head.dialect.refuse(refusal)
         self._send(exchange, refused.STATUS[refusal.code], refused.lines(refusal), body)
 

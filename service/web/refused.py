@@ -56,7 +56,7 @@ PLAIN = b"content-type: application/json\r\n"
 _RETRY_AFTER_S = "1"
 
 # What the framework refuses by itself, by status. Anything else of it is an invalid request.
-_BY_STATUS = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}
+_BY_STATUS = {400: Code.INVALID_JSON, 404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}
 
 
 class TooOld(Refusal):

@@ -1,6 +1,7 @@
 """The HTTP server: uvicorn with our connections, which drains before it stops and ends in time."""
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -27,6 +28,10 @@ log = structlog.get_logger("emaswap.service")
 
 STOPPING_S = 1.0
 """How long the parts may take to stop once no request is left."""
+
+
+# How long after the last connection was taken its request may still come.
+_LAST_REQUESTS_S = 0.1
 
 
 class Parts(Protocol):
@@ -70,6 +75,13 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and sockets is None:
             log_listening(self._parts.settings, self.servers[0].sockets[0].getsockname())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no further connections, answer what those that just came have sent, and then end."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_LAST_REQUESTS_S)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
         """Start the drain at the first signal, and end the process at once at the second."""
@@ -136,16 +148,16 @@ class WorkerServer(Server):
 class SupervisorServer(Server):
     """The server of a supervisor, which its workers ask. It ends when they have."""
 
-    def __init__(self, app: Starlette, *, uds: Path, name: Any) -> None:
-        """Listen at a Unix socket, for workers that listen under this name."""
+    def __init__(self, app: Starlette, *, uds: Path, listener: socket.socket) -> None:
+        """Listen at a Unix socket, for workers that share this listener."""
         super().__init__(app, uds=uds)
         self._supervisor: Supervisor = app.state.service
-        self._name = name
+        self._listener = listener
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await uvicorn.Server.startup(self, sockets)
         if self.started:
-            log_listening(self._parts.settings, self._name)
+            log_listening(self._parts.settings, self._listener.getsockname())
 
     async def on_tick(self, counter: int) -> bool:
         if self._parts.draining and not self._supervisor.crew.hands:
@@ -154,9 +166,16 @@ class SupervisorServer(Server):
 
     def _drain(self, name: str) -> None:
         super()._drain(name)
+        settings = self._parts.settings
+        # Once the workers take no connections any more, nobody is to wait for one in vain.
+        asyncio.get_running_loop().call_later(settings.drain_s + _LAST_REQUESTS_S, self._refuse_connections)
         # Until the workers have ended in their own time.
-        self._exit_at += self._parts.settings.shutdown_s + STOPPING_S
+        self._exit_at += settings.shutdown_s + STOPPING_S
         self._supervisor.crew.end()
+
+    def _refuse_connections(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
 
 
 def listen(settings: ServiceSettings) -> socket.socket:

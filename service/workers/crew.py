@@ -201,7 +201,7 @@ class Crew:
         self._flip.leave(hand.number)
         hand.channel.close()
         os.close(hand.handle)
-        self.ended.add({**hand.counted, "waiting": 0})
+        self.ended.add({**hand.counted, "waiting": 0, "in_flight": 0})
         for asked in hand.asked.values():
             if not asked.done():
                 asked.set_exception(Short(f"worker {hand.number} ended while it prepared a version"))

@@ -250,3 +250,13 @@ def test_weights_that_are_missing_otherwise_are_a_problem(store: DirectoryStore,
         publish()
     store.files.delete(tensors_key("weights", store.manifest(2).weights.digest))
     assert "version 2: file_missing" in emaswap("verify", "--store", store.root, *ALL).output
+
+
+def test_ls_tells_of_a_pin_that_names_no_version_there(store: DirectoryStore, publish: Publish) -> None:
+    """A pinned version that is gone is mentioned, and another that has its number is not called pinned."""
+    publish()
+    (store.root / "PIN").write_text('{"version": 9, "at": "2026-01-01T00:00:00Z"}')
+    assert "version 9 is pinned, and is not in the store" in emaswap("ls", "--store", store.root).output
+    digest = "blake3:" + "0" * 64
+    (store.root / "PIN").write_text(json.dumps({"version": 1, "digest": digest, "at": "2026-01-01T00:00:00Z"}))
+    assert "another version 1 is pinned" in emaswap("ls", "--store", store.root).output

@@ -24,12 +24,13 @@ from emaswap import (
     Store,
     StoreError,
     TensorField,
+    Unreadable,
 )
 from emaswap.files.digest import digest_of
 from emaswap.store.directory import Directory
 from emaswap.store.files import read
 from emaswap.store.keys import CURRENT, manifest_key
-from emaswap.store.line import Place, Term
+from emaswap.store.line import Line, Place, Term
 from emaswap.store.retention import Retention
 from emaswap.versions.manifest import MAX_MANIFEST_BYTES, ProbeInfo, TensorInfo, TrainingInfo, WeightsInfo
 
@@ -411,3 +412,31 @@ def test_publishers_that_come_and_go_make_one_line(store: DirectoryStore) -> Non
         got = [version for versions in pool.map(come_and_go, [1, 2, 3, 4, 5]) for version in versions]
     assert sorted(got) == store.versions()
     assert_one_line(store)
+
+
+class _Reluctant(Directory):
+    """A directory in which one file may not be read for a while."""
+
+    withheld: str | None = None
+
+    def open(self, key: str) -> BinaryIO:
+        if key == self.withheld:
+            raise Unreadable(f"{key} may not be read")
+        return super().open(key)
+
+
+def test_a_term_that_could_not_be_read_is_read_later(tmp_path: Path) -> None:
+    """A reader that could not tell at first that a publisher had been replaced can tell once the manifest is readable."""
+    files = _Reluctant(tmp_path / "store")
+    store = Store(files)
+    zombie = Term(store, "test")
+    first = zombie.commit(describe)
+    Term(store, "test").commit(describe)
+    stale = first.model_copy(update={"version": 3})
+    assert store.commit(3, stale.encode())
+    line = Line(store)
+    files.withheld = manifest_key(2)
+    line.check(store.manifest(3), store.seen())
+    files.withheld = None
+    with pytest.raises(BadVersion, match="stale_term"):
+        line.check(store.manifest(3), store.seen())

@@ -139,6 +139,16 @@ def test_a_pin_that_cannot_be_understood_keeps_everything(store: DirectoryStore)
     assert whole(store) == [1, 2, 3, 4]
 
 
+def test_what_cannot_be_understood_takes_no_place_of_what_is_kept(store: DirectoryStore) -> None:
+    """However many newer manifests are rubbish, the newest good versions stay."""
+    turn(store, *fresh(3))
+    for version in (4, 5):
+        assert store.files.create(manifest_key(version), b"")
+    make_old(store)
+    Retention(store, keep=1).prune()
+    assert 3 in whole(store)
+
+
 def test_young_versions_are_kept(store: DirectoryStore) -> None:
     """A version that a reader may just have found is not deleted, even if newer ones fill the number to keep."""
     turn(store, *fresh(3))

@@ -175,8 +175,8 @@ def test_when_no_version_of_the_new_run_can_go_live_the_old_one_answers(
     commit(store, Term(store, "test"), FORGERIES["NaN"])
     wait_for(lambda: served.metric("emaswap_live_in_store") == 0)
     assert answers_with(served, old)
-    assert refresh(served)["status"] == (
-        "all 1 versions in the store were rejected; still serving version 2, which is no longer in the store"
+    assert refresh(served)["status"].startswith(
+        "all 1 versions in the store were rejected; still serving version 2, which is no longer in the store: not_finite"
     )
     assert served.client.get("/model/version").json()["in_store"] is False
     assert served.metric("emaswap_live_version") == 2

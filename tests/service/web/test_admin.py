@@ -327,6 +327,19 @@ def test_a_body_that_is_no_json_is_refused(guarded: Served, body: bytes) -> None
     assert answer.json().keys() == {"error", "detail"}
 
 
+def test_a_body_that_is_too_large_is_refused_in_json(guarded: Served) -> None:
+    """As every refusal is, and before it is read whole."""
+    answer = guarded.client.post("/model/pin", content=b"[" * (65 << 10), headers=ADMIN)
+    assert (answer.status_code, answer.json()["error"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("body", [b'{"version": ' + b"1" * 5000 + b"}", b"[" * 50000], ids=["digits", "nesting"])
+def test_a_body_that_no_parser_takes_is_refused_in_json(guarded: Served, body: bytes) -> None:
+    """What Python's parser gives up on is no JSON to us."""
+    answer = guarded.client.post("/model/pin", content=body, headers=ADMIN | {"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]) == (400, "invalid_json")
+
+
 def test_a_pin_of_a_rejected_version_is_refused(served: Served, store: DirectoryStore, publish: Publish) -> None:
     """409 repeats why the version was rejected, and the live version stays without a pin."""
     first = publish()
