@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import ema, freshness, publish, serve, swap
+from benchmarks import ema, freshness, memory, publish, serve, swap
 from benchmarks.report import Row, report
 
 BENCHMARKS = {
@@ -11,6 +11,7 @@ BENCHMARKS = {
     "freshness": freshness.measure,
     "serve": serve.measure,
     "swap": swap.measure,
+    "memory": memory.measure,
 }
 
 

@@ -8,24 +8,14 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 
-SERVICE_PORT, CONSTANT_PORT = 8791, 8792
+SERVICE_PORT, CONSTANT_PORT, WORKERS_PORT = 8791, 8792, 8793
 
 
 @contextlib.contextmanager
-def service(store: Path, *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
+def service(store: Path, *flags: str, port: int = SERVICE_PORT) -> Iterator["subprocess.Popen[bytes]"]:
     """A service over a store, ready."""
-    with _process(
-        SERVICE_PORT,
-        "-m",
-        "service",
-        "--store",
-        str(store),
-        "--port",
-        str(SERVICE_PORT),
-        "--trust",
-        "benchmarks.*",
-        *flags,
-    ) as process:
+    command = ["-m", "service", "--store", str(store), "--port", str(port), "--trust", "benchmarks.*", *flags]
+    with _process(port, *command) as process:
         yield process
 
 

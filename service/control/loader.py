@@ -10,6 +10,7 @@ from typing import Generic
 import torch
 
 from emaswap import BadVersion, Manifest, Missing, Reason, Short, Store
+from emaswap.files.recycled import Recycled
 from emaswap.store.line import Line
 from emaswap.store.look import Look
 from emaswap.versions import proof
@@ -124,13 +125,14 @@ class OwnLoader(Loader[Servable]):
         """Load weights files of at most `max_bytes`, of any size by default."""
         super().__init__(store, variant=variant)
         self._max_bytes = max_bytes
+        self._memory = Recycled()
         self._trusted = tuple(trusted)
         self._device = device
 
     def _prove(self, manifest: Manifest, live: Servable | None, stage: Stage) -> Servable:
         with stage(State.FETCHING):
             manifest = manifest.of_variant(self._variant)
-            fetched = self.store.fetch(manifest, max_bytes=self._max_bytes)
+            fetched = self.store.fetch(manifest, max_bytes=self._max_bytes, into=self._memory)
         with stage(State.VERIFYING):
             module = proof.verify(manifest, fetched, trusted=self._trusted, device=self._device, adopt=True)
         with stage(State.WARMING):
