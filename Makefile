@@ -56,7 +56,7 @@ test-clients: $(INSTALLED) $(CLIENTS)/installed ## the tests with the clients of
 $(CLIENTS)/installed: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt \
-		'tritonclient[http]' kserve
+		'tritonclient[http]' kserve schemathesis
 	@touch $@
 
 $(PEERS)/installed: pyproject.toml constraints.txt constraints-peers.txt

@@ -87,7 +87,7 @@ def create_control_app(
     )
     app.add_middleware(_HeadAsGet)
     app.state.service = service
-    app.router.routes += [_predict_route(endpoint), *open_inference_routes.infer_routes(endpoint)]
+    app.router.routes += [_predict_route(endpoint), *open_inference_routes.infer_routes(endpoint, _PROBLEMS)]
     app.include_router(open_inference_routes.routes(service))
     app.include_router(_model_routes(service))
     app.include_router(_admin_routes(admin, service.settings))
@@ -120,7 +120,11 @@ def create_worker_app(worker: Worker, supervisor: Path) -> Starlette:
     app = Starlette(lifespan=lifespan)
     app.state.service = worker
     app.state.predict = predict
-    app.router.routes += [_predict_route(endpoint), *open_inference_routes.infer_routes(endpoint), Mount("/", relay)]
+    app.router.routes += [
+        _predict_route(endpoint),
+        *open_inference_routes.infer_routes(endpoint, _PROBLEMS),
+        Mount("/", relay),
+    ]
     refused.install(app)
     add_cors(app, settings)
     return app

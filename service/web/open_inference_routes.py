@@ -23,10 +23,13 @@ def routes(service: Following[Any]) -> APIRouter:
     return router
 
 
-def infer_routes(endpoint: ASGIApp) -> list[APIRoute]:
-    """Return the routes of inference, which an endpoint answers."""
+def infer_routes(endpoint: ASGIApp, responses: dict[int | str, dict[str, Any]]) -> list[APIRoute]:
+    """Return the routes of inference, which an endpoint answers, documented with these further responses."""
     paths = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
-    found = [APIRoute(path, _infer, methods=["POST"], tags=["open inference protocol"], name=path) for path in paths]
+    found = [
+        APIRoute(path, _infer, methods=["POST"], tags=["open inference protocol"], name=path, responses=responses)
+        for path in paths
+    ]
     for route in found:
         route.app = endpoint
     return found
