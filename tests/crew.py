@@ -87,3 +87,22 @@ def asked(crew: Crew, clients: int = 8) -> Iterator[tuple[Watch, list[Client]]]:
         watch.over.set()
         for client in asking:
             client.join()
+
+
+def memory(crew: Crew) -> int:
+    """The bytes that all processes of a crew take together; what they share counts once."""
+    return sum(map(_pss, _tree(crew.process.pid)))
+
+
+def _tree(pid: int) -> list[int]:
+    below = [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    return [pid, *(each for child in below for each in _tree(child))]
+
+
+def _pss(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -35,6 +35,8 @@ _PROBATION = 64
 _MAX_HEAD_BYTES = 64 << 10
 # How long, and for how many bytes, a client may go on with a body that was refused, so that it can read why.
 _LINGER_S = 5.0
+# How long a connection without a request is kept at the end.
+_FIRST_REQUEST_S = 0.5
 _LINGER_BYTES = 256 << 20
 
 
@@ -102,9 +104,12 @@ class Connection(HttpToolsProtocol):
         self._hot = hot
         self._known = hot.known
         self._current: _Current | None = None
+        self._started: RequestResponseCycle | None = None
         self._between_messages = True
         # Whether the next byte begins a request, and nothing is under way before it.
         self._at_rest = True
+        # Whether a request has come at all.
+        self._asked = False
         self._data = b""
         self._head_bytes = 0
         self._in_head = False
@@ -119,6 +124,8 @@ class Connection(HttpToolsProtocol):
         """Begin to wait for the first request, where there is room for another connection."""
         super().connection_made(cast("asyncio.Transport", transport))
         self.due = self.loop.time() + self._hot.limits.idle_s
+        if self._hot.predict.draining():
+            self.loop.call_later(_FIRST_REQUEST_S, self._end)
         if not self._hot.limits.opened(self):
             self._refuse(Refusal(Code.QUEUE_IS_FULL, f"{self._hot.limits.most} connections are open already"))
 
@@ -129,6 +136,7 @@ class Connection(HttpToolsProtocol):
             head = self._known.get(data[:end])
             if head is not None and head.length == len(data) - end and not self.flow.write_paused:
                 self._at_rest = False
+                self._asked = True
                 self.due = None
                 self._unset_keepalive_if_required()
                 current = _Current(self, head, time.perf_counter(), data[end:])
@@ -162,7 +170,15 @@ class Connection(HttpToolsProtocol):
             current.release()
             self._hot.predict.batcher.drop(current)
             self._current = None
+        if self._started is not None:  # uvicorn tells the last of pipelined requests alone
+            self._started.disconnected = True
+            self._started.message_event.set()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._started = cycle
+        cycle.disconnected = cycle.disconnected or self.transport.is_closing()
+        super()._start_asgi_task(cycle, app)
 
     # -- what the parser calls ----------------------------------------------------------------------------------------
 
@@ -181,6 +197,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Keep a request for the hot route, and leave any other to the application."""
         self._in_head = False
+        self._asked = True
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._declining = True
             return
@@ -294,8 +311,8 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer what is no request yet, and close the connection."""
-        if self._current is not None:  # what came before is answered first, and then there is no answer to this
-            self._current.keep_alive = False
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False  # what came before is answered first, and then there is no answer to this
             return
         body, status = refused.body(refusal), refused.STATUS[refusal.code]
         lines = refused.lines(refusal) + self._hot.defaults(self.server_state.default_headers) + _CLOSE
@@ -304,6 +321,12 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close the connection, once its request is answered if there is one."""
+        if self._asked:
+            self._end()
+        else:  # who has just connected has a request on its way
+            self.loop.call_later(_FIRST_REQUEST_S, self._end)
+
+    def _end(self) -> None:
         if self._current is not None:
             self._current.keep_alive = False
         else:

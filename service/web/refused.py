@@ -1,7 +1,7 @@
 """What a refusal is over HTTP: its status, its headers and its JSON. The one place that knows."""
 
+import re
 from collections.abc import Iterator, Mapping
-from http import HTTPStatus
 
 import orjson
 from fastapi import Request
@@ -9,7 +9,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
 from emaswap import Pin
 from service.refusal import Code, Refusal
@@ -144,14 +143,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     code = _BY_STATUS.get(error.status_code, Code.INVALID_REQUEST)
     refusal = Refusal(code, f"{request.method} {request.url.path}: {error.detail}; see /docs")
     headers = dict(error.headers or {})
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    if "Allow" in headers:
+        headers["Allow"] = ", ".join(sorted({*headers["Allow"].split(", "), *_methods(request)}))
     return Response(body(refusal), error.status_code, headers, "application/json")
 
 
 def _methods(request: Request) -> Iterator[str]:
     """Return the methods of all routes of a path; the framework names those of the first alone."""
-    for route in request.app.routes:
-        match, _ = route.matches(request.scope)
-        if match is not Match.NONE:
-            yield from getattr(route, "methods", None) or ()
+    for path, operations in request.app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"{\w+}", "[^/]+", path), request.url.path):
+            yield from (method.upper() for method in operations)
+            if "get" in operations:
+                yield "HEAD"

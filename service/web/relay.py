@@ -46,6 +46,8 @@ class Relay:
             answer = await self._client.send(asked, stream=True)
         except ClientDisconnect:
             return
+        except httpx.LocalProtocolError as error:
+            raise Refusal(Code.INVALID_HEADER, f"headers that cannot be passed on: {error}") from None
         except httpx.HTTPError as error:
             detail = f"the supervisor does not answer; try again later: {type(error).__name__}"
             raise Refusal(Code.SUPERVISOR_UNREACHABLE, detail) from None

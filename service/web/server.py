@@ -30,8 +30,8 @@ STOPPING_S = 1.0
 """How long the parts may take to stop once no request is left."""
 
 
-# How long after the last connection was taken its request may still come.
-_LAST_REQUESTS_S = 0.1
+# How long workers have to take what has come to their socket before it is closed.
+_LAST_CONNECTIONS_S = 0.1
 
 
 class Parts(Protocol):
@@ -75,13 +75,6 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and sockets is None:
             log_listening(self._parts.settings, self.servers[0].sockets[0].getsockname())
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no further connections, answer what those that just came have sent, and then end."""
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(_LAST_REQUESTS_S)
-        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
         """Start the drain at the first signal, and end the process at once at the second."""
@@ -168,7 +161,7 @@ class SupervisorServer(Server):
         super()._drain(name)
         settings = self._parts.settings
         # Once the workers take no connections any more, nobody is to wait for one in vain.
-        asyncio.get_running_loop().call_later(settings.drain_s + _LAST_REQUESTS_S, self._refuse_connections)
+        asyncio.get_running_loop().call_later(settings.drain_s + _LAST_CONNECTIONS_S, self._refuse_connections)
         # Until the workers have ended in their own time.
         self._exit_at += settings.shutdown_s + STOPPING_S
         self._supervisor.crew.end()

@@ -32,7 +32,8 @@ from tests.faulty_models import (
     Pair,
 )
 from tests.models import Linear
-from tests.service.web.test_predict import ROWS, assert_refused, connect, head, put
+from tests.odd import connect
+from tests.service.web.test_predict import ROWS, assert_refused, head, put
 from tests.serving import Served, serve, wait_for
 
 GOOD = [0.0, 0.5, 1.0]

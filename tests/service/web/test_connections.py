@@ -19,7 +19,8 @@ import pytest
 from emaswap import DirectoryStore
 from tests.conftest import Publish
 from tests.models import Linear
-from tests.service.web.test_predict import ROWS, assert_healthy, assert_refused, connect, head, put, receive, serving
+from tests.odd import connect
+from tests.service.web.test_predict import ROWS, assert_healthy, assert_refused, head, put, receive, serving
 from tests.serving import Served, ServiceProcess, wait_for
 
 BODY = b'{"inputs": [[1, 2, 3]]}'

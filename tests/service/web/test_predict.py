@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPResponse
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -24,6 +23,7 @@ from emaswap.versions.signature import DType, Inputs
 from service.serving.servable import Rows
 from service.web.endpoint import Endpoint
 from tests.models import EveryDtype, Linear, Same
+from tests.odd import connect
 from tests.serving import Served, serve, wait_for
 from tests.slow_models import TRUST, Gated, GatedTokens, Logarithm, gate
 
@@ -92,14 +92,6 @@ def live_module(served: Served) -> nn.Module:
     live = served.service.slot.current
     assert live is not None
     return live.module
-
-
-def connect(served: Served) -> socket.socket:
-    """A connection to a service, as bare as can be."""
-    url = urlsplit(served.url)
-    assert url.hostname
-    assert url.port
-    return socket.create_connection((url.hostname, url.port), timeout=10)
 
 
 def head(*lines: str, path: str = "/predict") -> bytes:

@@ -8,7 +8,8 @@ import pytest
 
 from emaswap import DirectoryStore
 from tests.models import Linear
-from tests.service.web.test_predict import ROWS, assert_refused, connect, head, put, receive, serving
+from tests.odd import connect
+from tests.service.web.test_predict import ROWS, assert_refused, head, put, receive, serving
 from tests.serving import ServiceProcess, other_door, wait_for
 from tests.test_health import health
 

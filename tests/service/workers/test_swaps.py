@@ -1,12 +1,10 @@
 """Thousands of swaps under load, over the network: nothing fails, nothing is mixed, nothing goes back, nothing grows."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from emaswap import Architecture, DirectoryStore, Publisher
-from tests.crew import Crew, asked
+from tests.crew import Crew, asked, memory
 from tests.models import Linear
 from tests.serving import wait_for
 from tests.soak import record, times
@@ -33,8 +31,8 @@ def test_thousands_of_swaps(store: DirectoryStore, workers: int) -> None:
                 publisher.flush()
                 wait_for(lambda version=version: watch.newest >= version, what=f"version {version}")  # type: ignore[misc]
                 if version == swaps // 5:
-                    early = _memory(crew)
-            late = _memory(crew)
+                    early = memory(crew)
+            late = memory(crew)
             watch.over.set()
             for client in clients:
                 client.join()
@@ -47,22 +45,3 @@ def test_thousands_of_swaps(store: DirectoryStore, workers: int) -> None:
             assert crew.process.poll() is None
     assert late <= 1.05 * early, (early, late)
     record(f"swaps with {workers} workers", swaps=swaps, answers=answers, failed=0, went_back=0, growth=late / early)
-
-
-def _memory(crew: Crew) -> int:
-    """The bytes that all processes of a crew take together; what they share counts once."""
-    return sum(map(_pss, _tree(crew.process.pid)))
-
-
-def _tree(pid: int) -> list[int]:
-    below = [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-    return [pid, *(each for child in below for each in _tree(child))]
-
-
-def _pss(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
