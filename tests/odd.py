@@ -42,14 +42,14 @@ def exchange(served: Served, parts: list[bytes], requests: int, *, patience_s: f
         with contextlib.suppress(TimeoutError):
             for part in parts:
                 connection.sendall(part)
-            while len(_answers(data)) < requests and (more := connection.recv(1 << 16)):
+            while len(answers(data)) < requests and (more := connection.recv(1 << 16)):
                 data += more
-    return _answers(data)
+    return answers(data)
 
 
-def _answers(data: bytes) -> list[tuple[int, Any]]:
+def answers(data: bytes) -> list[tuple[int, Any]]:
     """The whole answers in some bytes."""
-    answers: list[tuple[int, Any]] = []
+    found: list[tuple[int, Any]] = []
     while b"\r\n\r\n" in data:
         head, _, data = data.partition(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
@@ -58,8 +58,8 @@ def _answers(data: bytes) -> list[tuple[int, Any]]:
             break
         if not head.startswith(b"HTTP/1.1 100"):
             is_json = b"content-type: application/json" in head
-            answers.append((int(head.split()[1]), json.loads(body) if is_json and body else None))
-    return answers
+            found.append((int(head.split()[1]), json.loads(body) if is_json and body else None))
+    return found
 
 
 _NPY = _npy()

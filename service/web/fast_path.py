@@ -269,14 +269,14 @@ class Connection(HttpToolsProtocol):
             )
         )
         current.release()
-        self._current = self.cycle = None  # type: ignore[assignment]
+        self._current = None
+        if cast("object", self.cycle) is current:  # else it is the newest of those behind, whose body may still come
+            self.cycle = None  # type: ignore[assignment]
         self.server_state.total_requests += 1
         if not close:
             self.flow.resume_reading()
             if self.pipeline:
-                cycle, app = self.pipeline.pop()
-                self.cycle = cycle
-                self._start_asgi_task(cycle, app)
+                self._start_asgi_task(*self.pipeline.pop())
             self._rest()
         else:
             self._linger()

@@ -1,6 +1,7 @@
 """The two doors of a service: its own connections, and the ASGI application behind any other server's."""
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from emaswap import DirectoryStore
 from tests.models import Linear
-from tests.odd import Odd, exchange
+from tests.odd import Odd, answers, connect, exchange
 from tests.service.web.test_predict import ROWS, put, serving
 from tests.serving import Served, other_door
 from tests.soak import times
@@ -44,3 +45,22 @@ def test_both_doors_answer_alike(doors: tuple[Served, Served], seed: int) -> Non
         assert all(status < 500 for status, _ in ours if status != 504), parts
     for door in doors:
         assert door.predict([[1, 2, 3]]).status_code == 200
+
+
+def test_the_body_of_a_later_request_is_its_own(doors: tuple[Served, Served]) -> None:
+    """Of requests behind one another, the last is read while the first is answered: nothing of it gets into another."""
+    bodies = [b'{"inputs": [[%d, 0, 0]]}' % number for number in range(3)]
+    requests = b"".join(
+        b"POST /predict HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(b), b) for b in bodies
+    )
+    for cut in range(len(requests) - len(bodies[2]) + 1, len(requests)):
+        for door in doors:
+            with connect(door) as connection:
+                connection.sendall(requests[:cut])
+                time.sleep(0.01)
+                connection.sendall(requests[cut:])
+                data = b""
+                while len(answers(data)) < 3:
+                    data += connection.recv(1 << 16)
+            expected = [door.predict([[number, 0, 0]]).json() for number in range(3)]
+            assert answers(data) == [(200, answer) for answer in expected]
