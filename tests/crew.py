@@ -90,8 +90,11 @@ def asked(crew: Crew, clients: int = 8) -> Iterator[tuple[Watch, list[Client]]]:
 
 
 def memory(crew: Crew) -> int:
-    """The bytes that all processes of a crew take together; what they share counts once."""
-    return sum(map(_pss, _tree(crew.process.pid)))
+    """The bytes that all processes of a crew hold together, besides files; what they share counts once.
+
+    Start it `fresh`: what is forked from the tests' own processes shares memory with those, and its part grows when they end.
+    """
+    return sum(map(_held, _tree(crew.process.pid)))
 
 
 def _tree(pid: int) -> list[int]:
@@ -101,8 +104,7 @@ def _tree(pid: int) -> list[int]:
     return [pid, *(each for child in below for each in _tree(child))]
 
 
-def _pss(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _held(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    lines = (line.split() for line in rollup.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return sum(int(count) * 1024 for _, count, _ in lines)

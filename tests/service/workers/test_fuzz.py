@@ -33,7 +33,10 @@ def test_nothing_that_comes_is_too_odd(store: DirectoryStore, workers: int) -> N
     """No 5xx, nobody is stuck, nothing grows, and the log has no traceback."""
     put(store, Linear(), ROWS)
     requests = times(100_000)
-    with Crew(store.root, "--max-body-bytes", "20000", workers=workers) as crew, ThreadPoolExecutor(_CLIENTS) as pool:
+    with (
+        Crew(store.root, "--max-body-bytes", "20000", workers=workers, fresh=True) as crew,
+        ThreadPoolExecutor(_CLIENTS) as pool,
+    ):
         early = 0
         statuses: list[int] = []
         for part in range(5):

@@ -22,7 +22,10 @@ def test_thousands_of_swaps(store: DirectoryStore, workers: int) -> None:
     ) as publisher:
         publisher.publish(module)
         publisher.flush()
-        with Crew(store.root, "--guard-s", "0.5", workers=workers) as crew, asked(crew, clients=4) as (watch, clients):
+        with (
+            Crew(store.root, "--guard-s", "0.5", workers=workers, fresh=True) as crew,
+            asked(crew, clients=4) as (watch, clients),
+        ):
             early = 0
             for version in range(2, swaps + 2):
                 with torch.no_grad():
