@@ -21,7 +21,7 @@ from service.web.app import create_app, create_control_app, create_worker_app
 from service.web.server import STOPPING_S, Server, SupervisorServer, WorkerServer, end_anyway, listen
 from service.workers.channel import Channel
 from service.workers.flip import Flip
-from service.workers.nursery import Nursery
+from service.workers.fork_server import ForkServer
 from service.workers.supervisor import Supervisor
 from service.workers.worker import Worker
 
@@ -75,12 +75,12 @@ def _supervise(settings: ServiceSettings, workers: int) -> None:
     path = folder / "supervisor"
     try:
         with listen(settings) as listener:
-            nursery = Nursery(partial(_work, _Shared(settings, flip, listener, path)))
+            fork_server = ForkServer(partial(_work, _Shared(settings, flip, listener, path)))
             try:
-                app = create_control_app(Supervisor(settings, flip, nursery), _no_answer)
+                app = create_control_app(Supervisor(settings, flip, fork_server), _no_answer)
                 SupervisorServer(app, uds=path, listener=listener).run()
             finally:
-                nursery.end()
+                fork_server.end()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if settings.uds is not None:

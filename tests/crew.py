@@ -94,7 +94,12 @@ def memory(crew: Crew) -> int:
 
     Start it `fresh`: what is forked from the tests' own processes shares memory with those, and its part grows when they end.
     """
-    return sum(map(_held, _tree(crew.process.pid)))
+    return sum(_held(pid, "Pss_Anon:", "Pss_Shmem:") for pid in _tree(crew.process.pid))
+
+
+def shared_memory(crew: Crew) -> int:
+    """The bytes of shared memory that the processes of a crew map."""
+    return sum(_held(pid, "Pss_Shmem:") for pid in _tree(crew.process.pid))
 
 
 def _tree(pid: int) -> list[int]:
@@ -104,7 +109,7 @@ def _tree(pid: int) -> list[int]:
     return [pid, *(each for child in below for each in _tree(child))]
 
 
-def _held(pid: int) -> int:
+def _held(pid: int, *kinds: str) -> int:
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    lines = (line.split() for line in rollup.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    lines = (line.split() for line in rollup.splitlines() if line.startswith(kinds))
     return sum(int(count) * 1024 for _, count, _ in lines)

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import threading
 import time
 from typing import Any
@@ -121,4 +122,20 @@ class Pair(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         if len(set(rows[:, 0].tolist())) == len(rows) > 4:
             raise ValueError("all of them differ")
+        return rows * self.weight
+
+
+class Deadly(nn.Module):
+    """With a weight above a thousand, ends the process that runs it or hangs in it, as DEADLY in the environment says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.weight.item() > 1000:
+            if os.environ.get("DEADLY") == "exit":
+                os._exit(7)
+            if os.environ.get("DEADLY") == "hang":
+                time.sleep(600)
         return rows * self.weight

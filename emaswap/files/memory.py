@@ -1,5 +1,7 @@
 """How much memory this process may still use: what its control groups, its own limit and the machine leave."""
 
+import contextlib
+import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -16,6 +18,12 @@ def require(count: int, what: str) -> None:
     available = available_bytes()
     if available is not None and count > available:
         raise Short(f"{what} takes {_in_words(count)} of memory, and {_in_words(available)} are available")
+
+
+def give_back() -> None:
+    """Give memory that is free in this process back to the system, where the C library can do that (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes(root: Path = _ROOT) -> int | None:

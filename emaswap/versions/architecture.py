@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from emaswap.errors import BadVersion, EmaswapError, Reason, Short, describe, is_interrupt
+from emaswap.files import memory
 from emaswap.tensors import differences, dtype_name, in_words, named_tensors, plain_name
 from emaswap.versions.bounded import Bounded
 
@@ -272,6 +273,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, adopt: bool = Fals
     if adopt:
         own.clear()  # which look at the module's memory, too
         adopted = _adopt(module, tensors)
+        # What the factory had made is free now, and as large as the weights.
+        memory.give_back()
         own = named_tensors(module)
     with torch.no_grad():
         for name in tensors.keys() - adopted:

@@ -153,7 +153,7 @@ class SupervisorServer(Server):
             log_listening(self._parts.settings, self._listener.getsockname())
 
     async def on_tick(self, counter: int) -> bool:
-        if self._parts.draining and not self._supervisor.crew.hands:
+        if self._parts.draining and not self._supervisor.pool.handles:
             return True
         return await super().on_tick(counter)
 
@@ -164,7 +164,7 @@ class SupervisorServer(Server):
         asyncio.get_running_loop().call_later(settings.drain_s + _LAST_CONNECTIONS_S, self._refuse_connections)
         # Until the workers have ended in their own time.
         self._exit_at += settings.shutdown_s + STOPPING_S
-        self._supervisor.crew.end()
+        self._supervisor.pool.end()
 
     def _refuse_connections(self) -> None:
         with contextlib.suppress(OSError):

@@ -28,9 +28,9 @@ from service.serving.slot import Slot
 from service.settings import ServiceSettings
 from service.workers.arena import Arena
 from service.workers.channel import Message
-from service.workers.crew import Crew, Load
 from service.workers.flip import Flip
-from service.workers.nursery import Nursery
+from service.workers.fork_server import ForkServer
+from service.workers.pool import Load, WorkerPool
 
 _TELL_EVERY_S = 0.25
 # What the loading thread waits longer than the conductor does for it.
@@ -44,12 +44,12 @@ class Prepared(Served):
     load: int
 
 
-class CrewSlot(Slot[Prepared]):
+class PoolSlot(Slot[Prepared]):
     """A supervisor's slot: what is put into it, all workers answer with."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, pool: WorkerPool) -> None:
         super().__init__()
-        self._crew = crew
+        self._pool = pool
 
     def swap(self, new: Prepared, *, guarded: bool = False, keep: bool = False) -> Prepared | None:
         before = super().swap(new, guarded=guarded, keep=keep)
@@ -70,21 +70,21 @@ class CrewSlot(Slot[Prepared]):
 
     def _flip(self) -> None:
         current, previous = self.current, self.previous
-        self._crew.flip(current.load if current else 0, previous.load if previous else 0)
+        self._pool.flip(current.load if current else 0, previous.load if previous else 0)
 
 
-class CrewLoader(Loader[Prepared]):
+class PoolLoader(Loader[Prepared]):
     """Reads a version into shared memory, verifies it, and has the workers build it."""
 
-    def __init__(self, store: Store, crew: Crew, settings: ServiceSettings) -> None:
+    def __init__(self, store: Store, pool: WorkerPool, settings: ServiceSettings) -> None:
         super().__init__(store, variant=settings.variant)
-        self._crew = crew
+        self._pool = pool
         self._max_bytes = settings.max_model_bytes
         self._timeout_s = settings.load_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Have the crew asked on the event loop that runs now."""
+        """Have the pool asked on the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
 
     def _prove(self, manifest: Manifest, _live: Prepared | None, stage: Stage) -> Prepared:
@@ -93,7 +93,7 @@ class CrewLoader(Loader[Prepared]):
 
         def take(count: int) -> NDArray[np.uint8]:
             nonlocal arena
-            arena = self._crew.arenas.take(count)
+            arena = self._pool.arenas.take(count)
             return arena.bytes()[:count]
 
         try:
@@ -103,17 +103,17 @@ class CrewLoader(Loader[Prepared]):
             with stage(State.VERIFYING):
                 proof.check(chosen, fetched.weights)
             assert arena is not None
-            load = _load(self._crew.next_number(), arena, manifest, fetched.probe, chosen.weights.size)
+            load = _load(self._pool.next_number(), arena, manifest, fetched.probe, chosen.weights.size)
         except BaseException:
             if arena is not None:
-                self._crew.arenas.give_back(arena)
+                self._pool.arenas.give_back(arena)
             raise
         with stage(State.WARMING):
             return self._prepared(chosen, load, until)
 
     def _prepared(self, manifest: Manifest, load: Load, until: float) -> Prepared:
         assert self._loop is not None
-        asked = asyncio.run_coroutine_threadsafe(self._crew.prepare(load), self._loop)
+        asked = asyncio.run_coroutine_threadsafe(self._pool.prepare(load), self._loop)
         try:
             drift = asked.result(max(0.0, until - time.monotonic()))
         except TimeoutError:
@@ -122,45 +122,45 @@ class CrewLoader(Loader[Prepared]):
             drift = asked.result()
         prepared = Prepared(manifest=manifest, loaded_at=datetime.now(UTC), drift=drift, load=load.number)
         # Once nothing answers with it any more, and also when nobody waited for it.
-        weakref.finalize(prepared, _call_soon, self._loop, self._crew, load).atexit = False
+        weakref.finalize(prepared, _call_soon, self._loop, self._pool, load).atexit = False
         return prepared
 
 
 class Supervisor(Following[Prepared]):
     """A service whose answers come from workers."""
 
-    def __init__(self, settings: ServiceSettings, flip: Flip, nursery: Nursery) -> None:
+    def __init__(self, settings: ServiceSettings, flip: Flip, fork_server: ForkServer) -> None:
         """Raises `EmaswapError` when a setting cannot be met: a store of an unknown kind."""
-        self.crew = Crew(flip, nursery, self._broke, self._stand)
-        self._loader = CrewLoader(open_store(settings.store), self.crew, settings)
-        self._slot = CrewSlot(self.crew)
+        self.pool = WorkerPool(flip, fork_server, self._broke, self._stand)
+        self._loader = PoolLoader(open_store(settings.store), self.pool, settings)
+        self._slot = PoolSlot(self.pool)
         super().__init__(settings, self._slot, self._loader)
-        self._metrics = CrewMetrics()
+        self._metrics = PooledMetrics()
         self.registry.register(self._metrics)
 
     @property
     def workers(self) -> int:
-        return sum(hand.serving for hand in self.crew.hands.values())
+        return sum(handle.serving for handle in self.pool.handles.values())
 
     async def gather(self) -> None:
-        self._metrics.counted = await self.crew.count()
+        self._metrics.counted = await self.pool.count()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Follow the store, and keep the workers, for as long as the context lasts."""
         self._loader.start()
-        self.crew.start()
+        self.pool.start()
         telling = asyncio.create_task(self._tell(), name="tell")
         try:
             async with super().running():
                 yield
         finally:
             telling.cancel()
-            self.crew.close()
+            self.pool.close()
 
     async def _tell(self) -> None:
         while True:
-            self.crew.tell()
+            self.pool.tell()
             await asyncio.sleep(_TELL_EVERY_S)
 
     def _stand(self) -> Message:
@@ -173,7 +173,7 @@ class Supervisor(Following[Prepared]):
             self.give_up(prepared, error)
 
 
-class CrewMetrics(Collector):
+class PooledMetrics(Collector):
     """What all workers counted together."""
 
     def __init__(self) -> None:
@@ -199,6 +199,6 @@ def _load(number: int, arena: Arena, manifest: Manifest, probe: Probe, weights_b
     return Load(number, arena, papers, sizes)
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, crew: Crew, load: Load) -> None:
+def _call_soon(loop: asyncio.AbstractEventLoop, pool: WorkerPool, load: Load) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed: the service has ended
-        loop.call_soon_threadsafe(crew.release, load)
+        loop.call_soon_threadsafe(pool.release, load)

@@ -1,6 +1,7 @@
 """A worker: answers requests with versions that its supervisor has verified, and flips when the others do."""
 
 import asyncio
+import gc
 import mmap
 import os
 import threading
@@ -13,7 +14,8 @@ import numpy as np
 import structlog
 import torch
 
-from emaswap import BadVersion, Manifest, Pin, StoreError
+from emaswap import BadVersion, Manifest, Pin, Short, StoreError
+from emaswap.errors import describe
 from emaswap.files import tensor_file
 from emaswap.versions import proof
 from emaswap.versions.probe import Probe
@@ -51,6 +53,8 @@ class Worker:
         self.connections: Callable[[], int] = lambda: 0
         self._channel = channel
         self._lane = Lane("emaswap-load")
+        self._has_prepared = False
+        self._wanted: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -84,10 +88,12 @@ class Worker:
     def _receive(self, message: Message, files: list[int]) -> None:
         match message["do"]:
             case "prepare":
+                self._wanted.add(message["load"])
                 task = asyncio.get_running_loop().create_task(self._prepare(message, files), name="prepare")
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             case "drop":
+                self._wanted.discard(message["load"])
                 self.slot.drop(message["load"])
             case "serve":
                 self.serving.set()
@@ -108,13 +114,25 @@ class Worker:
                 said: Message = {"done": "short", "why": str(error)}
             else:
                 said = {"done": "rejected", "reason": str(error.reason), "detail": shorten(error.detail)}
-        except (Hung, Blocked, StoreError, MemoryError) as error:
+        except Blocked as error:  # then nobody has opened them
+            for file in files:
+                os.close(file)
+            self._channel.send({"done": "unmapped", "load": load})
+            said = {"done": "short", "why": str(error)}
+        except (Hung, StoreError, MemoryError) as error:
             said = {"done": "short", "why": shorten(str(error) or "out of memory")}
         except Exception as error:
             log.exception("preparing failed", worker=self.number)
-            said = {"done": "short", "why": shorten(f"{type(error).__name__}: {error}")}
+            said = {"done": "short", "why": shorten(describe(error))}
         else:
+            if load not in self._wanted:  # it was given up meanwhile
+                return
             self.slot.prepare(load, servable)
+            if not self._has_prepared:
+                # What is there by now stays: let the cycle collector, which stops everything else, never look at it again.
+                gc.collect()
+                gc.freeze()
+                self._has_prepared = True
             said = {"done": "prepared", "drift": servable.drift}
         self._channel.send({**said, "load": load})
 
@@ -123,9 +141,13 @@ class Worker:
             for file in files:
                 closing.callback(os.close, file)
             weights_file, papers_file = files
-            papers = os.pread(papers_file, message["manifest_bytes"] + message["probe_bytes"], 0)
-            arena = map_privately(weights_file, message["weights_bytes"])
-        unmapped: Message = {"done": "unmapped", "load": message["load"]}
+            unmapped: Message = {"done": "unmapped", "load": message["load"]}
+            try:
+                papers = os.pread(papers_file, message["manifest_bytes"] + message["probe_bytes"], 0)
+                arena = map_privately(weights_file, message["weights_bytes"])
+            except OSError as error:
+                self._channel.send_soon(unmapped)
+                raise Short(f"the weights cannot be mapped: {error.strerror}") from error
         weakref.finalize(arena, self._channel.send_soon, unmapped).atexit = False
         return self._proven(arena, papers[: message["manifest_bytes"]], papers[message["manifest_bytes"] :])
 

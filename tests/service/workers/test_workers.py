@@ -13,9 +13,9 @@ import torch
 
 from emaswap import DirectoryStore
 from tests.conftest import Publish
-from tests.crew import FLAGS, ROW, Crew, asked
-from tests.faulty_models import BREAKS, Fragile, Moody
-from tests.models import Linear
+from tests.crew import FLAGS, ROW, Crew, asked, memory, shared_memory
+from tests.faulty_models import BREAKS, Deadly, Fragile, Moody
+from tests.models import Large, Linear
 from tests.service.web.test_predict import ROWS, put
 from tests.serving import ADMIN, ServiceProcess, wait_for
 
@@ -116,6 +116,58 @@ def test_a_worker_that_ends_or_hangs_is_replaced(
         assert not Path(f"/proc/{gone}").exists()
 
 
+def test_a_version_that_ends_processes_ends_one_at_a_time(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker builds it first, and dies; the others answer all the while, and the next good version goes live."""
+    put(store, Deadly(), ROWS)
+    monkeypatch.setenv("DEADLY", "exit")
+    crew = Crew(store.root, workers=3)
+    monkeypatch.delenv("DEADLY")
+    with crew, asked(crew, clients=6) as (watch, clients):
+        put(store, _deadly(), ROWS)
+        lost = wait_for(lambda: crew.events("worker lost"), what="a worker lost")
+        wait_for(lambda: crew.metric("emaswap_load_retries_total") > 0, what="a retry")
+        put(store, Deadly(), ROWS)
+        wait_for(lambda: watch.newest == 3, what="version 3")
+        assert len(lost) == 1
+        assert not watch.back
+        assert [client for client in clients if not client.failures]
+        wait_for(lambda: crew.metric("emaswap_workers") == 3, what="three workers again")
+
+
+def test_there_is_one_copy_of_the_weights(store: DirectoryStore) -> None:
+    """What workers hold together is the weights once, and not once for each of them; so it is after many swaps."""
+    module = Large()
+    size = 4 * module.weight.numel()
+    put(store, module, torch.rand(2, 3))
+    with Crew(store.root, "--guard-s", "0", workers=3, fresh=True) as crew:
+        crew.predict(ROW)
+        steady = memory(crew)
+        for version in range(2, 6):
+            put(store, module, torch.rand(2, 3))
+            crew.wait_until_live(version)
+        crew.predict(ROW)
+        wait_for(lambda: memory(crew) < steady + 1.5 * size, what="memory given back")
+        shared = shared_memory(crew)
+    assert size <= shared <= 2.1 * size
+
+
+def test_a_load_that_hangs_in_a_worker_is_given_up(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The live version goes on answering, and a later version goes live."""
+    put(store, Deadly(), ROWS)
+    monkeypatch.setenv("DEADLY", "hang")
+    crew = Crew(store.root, "--load-timeout-s", "1")
+    monkeypatch.delenv("DEADLY")
+    with crew:
+        put(store, _deadly(), ROWS)
+        wait_for(lambda: crew.metric("emaswap_load_retries_total") > 0, what="a load given up")
+        assert crew.predict(ROW).headers["X-Model-Version"] == "1"
+        put(store, Deadly(), ROWS)
+        crew.wait_until_live(3)
+        assert crew.predict(ROW).headers["X-Model-Version"] == "3"
+
+
 def test_when_the_supervisor_is_killed_all_are_gone(store: DirectoryStore, publish: Publish) -> None:
     """Within a second nobody listens and no process is left, not even one that was stopped."""
     publish()
@@ -131,7 +183,7 @@ def test_when_the_supervisor_is_killed_all_are_gone(store: DirectoryStore, publi
 def test_one_sigterm_drains_all(store: DirectoryStore, publish: Publish) -> None:
     """Requests in flight are answered, later ones refused by nobody's crash, and the end is 0."""
     publish()
-    crew = Crew(store.root, "--drain-s", "0.5")
+    crew = Crew(store.root, "--drain-s", "2")
     pids = list(crew.pids().values())
     with asked(crew) as (watch, clients):
         wait_for(lambda: all(client.answers for client in clients), what="answers")
@@ -190,6 +242,13 @@ def test_a_unix_socket_can_be_shared(store: DirectoryStore, publish: Publish, tm
         assert client.post("/predict", json={"inputs": ROW}).status_code == 200
     assert service.stop() == 0
     assert not path.exists()
+
+
+def _deadly() -> Deadly:
+    module = Deadly()
+    with torch.no_grad():
+        module.weight.fill_(2000)
+    return module
 
 
 def _is_free(port: int) -> bool:

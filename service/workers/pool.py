@@ -1,4 +1,4 @@
-"""The crew: a supervisor's workers, what each has prepared, and the flip that changes what all of them answer with.
+"""The pool: a supervisor's workers, what each has prepared, and the flip that changes what all of them answer with.
 
 It belongs to the supervisor's event loop. A load is what was read and verified once, and is built by every worker:
 first by one alone, since a version may kill the process that builds it.
@@ -21,15 +21,15 @@ from service.serving.metrics import Counted
 from service.workers.arena import Arena, Arenas
 from service.workers.channel import Channel, Message
 from service.workers.flip import Flip
-from service.workers.nursery import Nursery
+from service.workers.fork_server import ForkServer
 
 log = structlog.get_logger("emaswap.service")
 
-_LOOK_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.25
 # A worker that says nothing for so long hangs as a whole: what hangs in a forward pass alone does not silence it.
-_SILENT_S = 3.0
+_SILENT_S = 2.0
 # A look that comes later than this says nothing of the others: the supervisor itself was stopped.
-_LATE_S = 1.5
+_LATE_S = 1.0
 _ANSWER_S = 1.0
 _FIRST_PAUSE_S = 0.1
 _LAST_PAUSE_S = 10.0
@@ -45,7 +45,7 @@ class Load:
     arena: Arena
     papers: int
     sizes: dict[str, int]
-    mapped_by: set["Hand"] = field(default_factory=set)
+    mapped_by: set["Handle"] = field(default_factory=set)
 
     @property
     def message(self) -> Message:
@@ -54,12 +54,12 @@ class Load:
 
 
 @dataclass(eq=False)
-class Hand:
+class Handle:
     """One worker, as the supervisor sees it."""
 
     number: int
     pid: int
-    handle: int
+    pidfd: int
     channel: Channel
     began: float = field(default_factory=time.monotonic)
     serving: bool = False
@@ -74,21 +74,25 @@ class Hand:
     def signal(self, number: signal.Signals) -> None:
         """Send the process a signal, if it is still there."""
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.handle, number)
+            signal.pidfd_send_signal(self.pidfd, number)
 
 
-class Crew:
+class WorkerPool:
     """The workers of one supervisor."""
 
     def __init__(
-        self, flip: Flip, nursery: Nursery, on_broken: Callable[[int, BadVersion], None], stand: Callable[[], Message]
+        self,
+        flip: Flip,
+        fork_server: ForkServer,
+        on_broken: Callable[[int, BadVersion], None],
+        stand: Callable[[], Message],
     ) -> None:
         """Where a worker finds a load broken, `on_broken` is told its number. `stand` is what workers know of the rest."""
         self.arenas = Arenas()
-        self.hands: dict[int, Hand] = {}
+        self.handles: dict[int, Handle] = {}
         self.ended = Counted()
         self._flip = flip
-        self._nursery = nursery
+        self._fork_server = fork_server
         self._on_broken = on_broken
         self._loads: dict[int, Load] = {}
         self._leaving: dict[int, Load] = {}
@@ -110,105 +114,106 @@ class Crew:
     def end(self) -> None:
         """Let the workers drain, and start no others. May be called from a signal handler."""
         self._ending = True
-        for hand in list(self.hands.values()):
-            hand.signal(signal.SIGTERM)
+        for handle in list(self.handles.values()):
+            handle.signal(signal.SIGTERM)
 
     def close(self) -> None:
         """End all workers that are still there."""
         self._ending = True
         for task in self._tasks:
             task.cancel()
-        for hand in list(self.hands.values()):
-            hand.signal(signal.SIGKILL)
-            self._forget(hand)
-        self._nursery.end()
+        for handle in list(self.handles.values()):
+            handle.signal(signal.SIGKILL)
+            self._forget(handle)
+        self._fork_server.end()
 
     def tell(self) -> None:
         """Tell the workers how things stand, where that has changed."""
         stand = self._stand()
         if stand != self._told:
             self._told = stand
-            for hand in self.hands.values():
-                hand.channel.send(stand)
+            for handle in self.handles.values():
+                handle.channel.send(stand)
 
     async def count(self) -> Counted:
         """Return what all workers counted, those that have ended included."""
-        if waiting := [self._ask_counts(hand) for hand in self.hands.values()]:
+        if waiting := [self._ask_counts(handle) for handle in self.handles.values()]:
             await asyncio.wait(waiting, timeout=_ANSWER_S)
         total = Counted().add(self.ended.state())
-        for hand in self.hands.values():
-            total.add(hand.counted)
+        for handle in self.handles.values():
+            total.add(handle.counted)
         return total
 
-    def _ask_counts(self, hand: Hand) -> "asyncio.Future[None]":
+    def _ask_counts(self, handle: Handle) -> "asyncio.Future[None]":
         ask = next(self._numbers)
-        hand.counting[ask] = future = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: hand.counting.pop(ask, None))
-        hand.channel.send({"do": "count", "ask": ask})
+        handle.counting[ask] = future = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: handle.counting.pop(ask, None))
+        handle.channel.send({"do": "count", "ask": ask})
         return future
 
     def _fork(self, number: int) -> None:
         try:
-            pid, end = self._nursery.fork(number)
-            handle = os.pidfd_open(pid)
+            pid, end = self._fork_server.fork(number)
+            pidfd = os.pidfd_open(pid)
         except OSError as error:
             log.error("a worker cannot be started", worker=number, error=str(error))
             self._fork_later(number)
             return
-        hand = Hand(number, pid, handle, Channel(end))
-        self.hands[number] = hand
+        handle = Handle(number, pid, pidfd, Channel(end))
+        self.handles[number] = handle
         self._flip.beat(number)
-        hand.channel.listen(
-            lambda message, files: self._receive(hand, message, files), lambda: self._lost(hand, "it ended")
+        handle.channel.listen(
+            lambda message, files: self._receive(handle, message, files), lambda: self._lost(handle, "it ended")
         )
         log.info("worker started", worker=number, pid=pid)
-        self._spawn(self._welcome(hand))
+        self._spawn(self._welcome(handle))
 
-    async def _welcome(self, hand: Hand) -> None:
+    async def _welcome(self, handle: Handle) -> None:
         """Have a new worker prepare what the others have, and then let it serve."""
-        hand.channel.send(self._stand())
-        while not hand.has(self._loads.values()):
-            load = next(load for load in self._loads.values() if not hand.has([load]))
+        handle.channel.send(self._stand())
+        while not handle.has(self._loads.values()):
+            load = next(load for load in self._loads.values() if not handle.has([load]))
             try:
-                await self._prepare_in(hand, load)
+                await self._prepare_in(handle, load)
             except Short:
-                if self.hands.get(hand.number) is not hand:
+                if self.handles.get(handle.number) is not handle:
                     return
                 await asyncio.sleep(_LOOK_EVERY_S)
-                hand.asked.pop(load.number, None)
+                if self._loads.get(load.number) is load:
+                    handle.asked.pop(load.number, None)
             except BadVersion as error:
                 if self._loads.get(load.number) is load:
                     self._on_broken(load.number, error)
                     await asyncio.sleep(_LOOK_EVERY_S)
-        hand.serving = True
-        hand.channel.send({"do": "serve"})
+        handle.serving = True
+        handle.channel.send({"do": "serve"})
 
-    def _lost(self, hand: Hand, why: str) -> None:
+    def _lost(self, handle: Handle, why: str) -> None:
         """Start another worker in the place of one that has ended, or is about to."""
-        if self.hands.get(hand.number) is not hand:
+        if self.handles.get(handle.number) is not handle:
             return
-        hand.signal(signal.SIGKILL)
-        self._forget(hand)
+        handle.signal(signal.SIGKILL)
+        self._forget(handle)
         if self._ending:
             return
-        log.error("worker lost", worker=hand.number, pid=hand.pid, why=why)
-        if time.monotonic() - hand.began > _LIVED_S:
-            self._pauses[hand.number] = 0.0
-        self._fork_later(hand.number)
+        log.error("worker lost", worker=handle.number, pid=handle.pid, why=why)
+        if time.monotonic() - handle.began > _LIVED_S:
+            self._pauses[handle.number] = 0.0
+        self._fork_later(handle.number)
 
-    def _forget(self, hand: Hand) -> None:
-        del self.hands[hand.number]
-        self._flip.leave(hand.number)
-        hand.channel.close()
-        os.close(hand.handle)
-        self.ended.add({**hand.counted, "waiting": 0, "in_flight": 0})
-        for asked in hand.asked.values():
+    def _forget(self, handle: Handle) -> None:
+        del self.handles[handle.number]
+        self._flip.leave(handle.number)
+        handle.channel.close()
+        os.close(handle.pidfd)
+        self.ended.add({**handle.counted, "waiting": 0, "in_flight": 0})
+        for asked in handle.asked.values():
             if not asked.done():
-                asked.set_exception(Short(f"worker {hand.number} ended while it prepared a version"))
-        for counting in list(hand.counting.values()):
+                asked.set_exception(Short(f"worker {handle.number} ended while it prepared a version"))
+        for counting in list(handle.counting.values()):
             counting.cancel()
         for load in [*self._loads.values(), *self._leaving.values()]:
-            self._unmapped(hand, load)
+            self._unmapped(handle, load)
 
     def _fork_later(self, number: int) -> None:
         pause_s = self._pauses[number]
@@ -226,18 +231,18 @@ class Crew:
         while True:
             slept_at = time.monotonic()
             await asyncio.sleep(_LOOK_EVERY_S)
-            if not self._ending and not self._nursery.is_alive():
-                log.error("the nursery has gone, and without it no worker can be replaced; ending")
+            if not self._ending and not self._fork_server.is_alive():
+                log.error("the fork server has gone, and without it no worker can be replaced; ending")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             if time.monotonic() - slept_at > _LATE_S:
-                for number in self.hands:
+                for number in self.handles:
                     self._flip.beat(number)
-            for hand in list(self.hands.values()):
-                if self._flip.silent_s(hand.number) > _SILENT_S:
-                    self._lost(hand, f"it hangs: no sign of life for {_SILENT_S:g} s")
-                elif not hand.counting:
-                    self._ask_counts(hand)
+            for handle in list(self.handles.values()):
+                if self._flip.silent_s(handle.number) > _SILENT_S:
+                    self._lost(handle, f"it hangs: no sign of life for {_SILENT_S:g} s")
+                elif not handle.counting:
+                    self._ask_counts(handle)
 
     # -- loads -------------------------------------------------------------------------------------------------------
 
@@ -253,12 +258,12 @@ class Crew:
         self._loads[load.number] = load
         drift = None
         try:
-            while waiting := [hand for hand in self.hands.values() if not hand.has([load])]:
-                if len(waiting) == len(self.hands):
+            while waiting := [handle for handle in self.handles.values() if not handle.has([load])]:
+                if len(waiting) == len(self.handles):
                     drift = await self._prepare_in(waiting[0], load)
                 else:
-                    await asyncio.gather(*(self._prepare_in(hand, load) for hand in waiting))
-            if not self.hands:
+                    await asyncio.gather(*(self._prepare_in(handle, load) for handle in waiting))
+            if not self.handles:
                 raise Short("no worker is running just now")
         except BaseException:
             self.release(load)
@@ -276,19 +281,21 @@ class Crew:
             return
         os.close(load.papers)
         self._leaving[load.number] = load
-        for hand in self.hands.values():
-            if load.number in hand.asked:
-                hand.channel.send({"do": "drop", "load": load.number})
+        for handle in self.handles.values():
+            if (asked := handle.asked.pop(load.number, None)) is not None:
+                handle.channel.send({"do": "drop", "load": load.number})
+                if not asked.done():
+                    asked.set_exception(Short("it is not wanted any more"))
         self._settle(load)
 
-    async def _prepare_in(self, hand: Hand, load: Load) -> float | None:
-        asked = hand.asked.get(load.number)
+    async def _prepare_in(self, handle: Handle, load: Load) -> float | None:
+        asked = handle.asked.get(load.number)
         if asked is None:
-            asked = hand.asked[load.number] = asyncio.get_running_loop().create_future()
+            asked = handle.asked[load.number] = asyncio.get_running_loop().create_future()
             asked.add_done_callback(_look_at)
-            load.mapped_by.add(hand)
-            if not hand.channel.send(load.message, [load.arena.file, load.papers]):
-                self._lost(hand, "it takes no messages")
+            load.mapped_by.add(handle)
+            if not handle.channel.send(load.message, [load.arena.file, load.papers]):
+                self._lost(handle, "it takes no messages")
         return await asyncio.shield(asked)
 
     def _settle(self, load: Load) -> None:
@@ -296,30 +303,30 @@ class Crew:
             del self._leaving[load.number]
             self.arenas.give_back(load.arena)
 
-    def _unmapped(self, hand: Hand, load: Load) -> None:
-        load.mapped_by.discard(hand)
+    def _unmapped(self, handle: Handle, load: Load) -> None:
+        load.mapped_by.discard(handle)
         if load.number in self._leaving:
             self._settle(load)
 
     # -- what workers say --------------------------------------------------------------------------------------------
 
-    def _receive(self, hand: Hand, message: Message, files: list[int]) -> None:
+    def _receive(self, handle: Handle, message: Message, files: list[int]) -> None:
         for file in files:
             os.close(file)
         load = message.get("load", 0)
         match message["done"]:
             case "prepared" | "rejected" | "short":
-                if (asked := hand.asked.get(load)) is not None and not asked.done():
+                if (asked := handle.asked.get(load)) is not None and not asked.done():
                     _settle_with(asked, message)
             case "unmapped":
                 if found := self._loads.get(load) or self._leaving.get(load):
-                    self._unmapped(hand, found)
+                    self._unmapped(handle, found)
             case "broke":
                 if load in self._loads:
                     self._on_broken(load, _bad_version(message))
             case "counted":
-                hand.counted = message["counted"]
-                if (counting := hand.counting.get(message["ask"])) is not None:
+                handle.counted = message["counted"]
+                if (counting := handle.counting.get(message["ask"])) is not None:
                     counting.set_result(None)
 
     def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:

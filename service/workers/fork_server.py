@@ -1,8 +1,8 @@
-"""The nursery: a process that forks the workers, because it has imported all they need and has no threads.
+"""The fork server: a process that forks the workers, because it has imported all they need and has no threads.
 
 A supervisor cannot fork: only the thread that forks lives on in the child, and the locks of the others with it. So the
-nursery is forked first. Each worker shares its memory with it, and is there in milliseconds. When the supervisor has
-gone, however that came about, the nursery ends all workers and itself.
+fork server is forked first. Each worker shares its memory with it, and is there in milliseconds. When the supervisor has
+gone, however that came about, the fork_server ends all workers and itself.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ _REAP_EVERY_S = 0.2
 _FORK_TIMEOUT_S = 10.0
 
 
-class Nursery:
-    """The supervisor's side of the nursery."""
+class ForkServer:
+    """The supervisor's side of the fork server."""
 
     def __init__(self, work: Work) -> None:
         """Fork it. This process must not have started a thread yet."""
@@ -49,16 +49,20 @@ class Nursery:
         own, its = pair()
         with its:
             socket.send_fds(self._end, [str(worker).encode()], [its.fileno()])
-            return int(self._end.recv(_MESSAGE_BYTES)), own
+            answer = self._end.recv(_MESSAGE_BYTES)
+        if not answer:
+            own.close()
+            raise OSError("the fork server has gone")
+        return int(answer), own
 
     def end(self) -> None:
-        """End the nursery, and all workers that are still there."""
+        """End the fork server, and all workers that are still there."""
         self._end.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
     def is_alive(self) -> bool:
-        """Return whether the nursery still runs."""
+        """Return whether the fork server still runs."""
         try:
             return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
         except ChildProcessError:
