@@ -10,10 +10,11 @@ PEERS := .venv-peers
 CLIENTS := .venv-clients
 WORKERS ?= 2
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
-QUICK := not long and not soak and not engine and not peers and not clients
+GPU := .venv-gpu
+QUICK := not cuda and not long and not soak and not engine and not peers and not clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-engine test-peers test-clients soak check bench compare format clean
+.PHONY: help demo test test-long test-engine test-peers test-clients test-gpu soak check bench compare format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +53,14 @@ test-peers: $(PEERS)/installed ## the tests against the averages and training fr
 
 test-clients: $(INSTALLED) $(CLIENTS)/installed ## the tests with the clients of others, against a service of ours
 	$(BIN)/python -m pytest -m clients
+
+# With the interpreter and the torch that are there; WHEELS names a folder with the other packages, where there is no index.
+test-gpu: ## the tests and figures that need a CUDA device: writes benchmarks/results/gpu.json
+	$(PYTHON) -m venv --system-site-packages $(GPU)
+	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(WHEELS),--no-index --find-links $(WHEELS)) --editable '.[service,trainer,dev]'
+	$(GPU)/bin/python -m pytest -m cuda
+	$(GPU)/bin/python -m benchmarks gpu
 
 $(CLIENTS)/installed: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)

@@ -2,7 +2,9 @@
 
 import sys
 
-from benchmarks import ema, freshness, memory, publish, serve, swap
+import torch
+
+from benchmarks import ema, freshness, gpu, memory, publish, serve, swap
 from benchmarks.report import Row, report
 
 BENCHMARKS = {
@@ -12,13 +14,15 @@ BENCHMARKS = {
     "serve": serve.measure,
     "swap": swap.measure,
     "memory": memory.measure,
+    "gpu": gpu.measure,
 }
 
 
 def main(names: list[str]) -> int:
     """Run the named benchmarks, or all; 1 when a bar does not hold."""
     missed: list[tuple[str, Row]] = []
-    for name in names or BENCHMARKS:
+    here = [name for name in BENCHMARKS if name != "gpu" or torch.cuda.is_available()]
+    for name in names or here:
         rows = BENCHMARKS[name]()
         report(name, rows)
         missed += [(name, row) for row in rows if not row.holds]

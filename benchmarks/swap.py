@@ -43,14 +43,14 @@ def measure() -> list[Row]:
                 per_s = load(url(SERVICE_PORT), request, connections=16, seconds=5).per_s / 2
                 for _ in track(range(_RUNS), f"{per_s:.0f} requests a second, without swaps and with"):
                     without = OpenLoop(url(SERVICE_PORT), request, per_s=per_s, seconds=_SECONDS).answers()
-                    with _publishing(publisher, module) as published:
+                    with publishing(publisher, module) as published:
                         swapping = OpenLoop(url(SERVICE_PORT), request, per_s=per_s, seconds=_SECONDS).answers()
                     runs.append(_rows(without, swapping, len(published)))
     return over(runs)
 
 
 @contextmanager
-def _publishing(publisher: Publisher, module: Wide) -> Iterator[list[float]]:
+def publishing(publisher: Publisher, module: Wide) -> Iterator[list[float]]:
     """Publish new weights every second, on a thread that gives way, as a trainer elsewhere would take nothing from here."""
     stop = threading.Event()
     published: list[float] = []

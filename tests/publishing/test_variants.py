@@ -202,6 +202,7 @@ def test_a_failing_calibration_is_a_failed_publish(store: DirectoryStore) -> Non
 # -- snapshots from a GPU ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cuda
 @needs_cuda
 def test_a_snapshot_from_cuda_has_the_weights_of_its_instant() -> None:
     """Updates that follow at once do not reach into a snapshot that is still on its way."""

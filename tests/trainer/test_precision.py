@@ -152,6 +152,7 @@ def test_on_the_cpu_auto_is_float32() -> None:
     assert Precision.of("auto", CPU) == Precision.of("fp32", CPU)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 def test_on_cuda_auto_is_half_precision() -> None:
     """bf16, unless the device would only emulate it."""
