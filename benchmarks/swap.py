@@ -14,7 +14,8 @@ from rich.progress import track
 
 from benchmarks.models import Wide
 from benchmarks.open_loop import Answers, OpenLoop
-from benchmarks.report import Row, over
+from benchmarks.picture import draw, first_answers
+from benchmarks.report import RESULTS, Row, over
 from benchmarks.servers import SERVICE_PORT, service, url
 from benchmarks.wrk import load
 from emaswap import Architecture, Publisher
@@ -23,6 +24,7 @@ from emaswap.priority import give_way
 _RUNS = 5
 _SECONDS = 20.0
 _ALLOWANCE_S = 0.015
+_PICTURE = RESULTS.parents[1] / "docs" / "swap.png"
 
 
 def measure() -> list[Row]:
@@ -46,6 +48,7 @@ def measure() -> list[Row]:
                     with publishing(publisher, module) as published:
                         swapping = OpenLoop(url(SERVICE_PORT), request, per_s=per_s, seconds=_SECONDS).answers()
                     runs.append(_rows(without, swapping, len(published)))
+                draw(without, swapping, _PICTURE)
     return over(runs)
 
 
@@ -91,8 +94,5 @@ def _rows(without: Answers, swapping: Answers, published: int) -> list[Row]:
 
 def _median_gap_s(answers: Answers) -> float:
     """Return the median time between the first answers of two versions in a row."""
-    first: dict[int, float] = {}
-    for due, version in zip(answers.due_s, answers.version, strict=True):
-        first[version] = min(first.get(version, due), due)
-    times = sorted(first.values())
+    times = first_answers(answers)
     return median([later - earlier for earlier, later in pairwise(times)] or [0.0])

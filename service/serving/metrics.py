@@ -109,8 +109,7 @@ class Counted:
             "emaswap_refused_requests", "Requests for predictions that were refused, by error.", labels=["error"]
         )
         for code in Code:
-            if self.refused[code]:
-                refused.add_metric([str(code)], self.refused[code])
+            refused.add_metric([str(code)], self.refused[code])
         yield refused
         failures = CounterMetricFamily(
             "emaswap_forward_failures",
