@@ -2,19 +2,23 @@
 
 import json
 import tracemalloc
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from emaswap import Signature, TensorField
 from emaswap.versions.signature import DType
 from service.refusal import Refusal
 from service.serving.servable import Rows
-from service.web.json_rows import parse
+from service.web.json_rows import parse, parse_together
+from service.web.schemas import PredictRequest
 
 MAX_ROWS = 8
 
@@ -362,3 +366,73 @@ def test_every_float32_comes_through_to_the_last_bit(values: list[float]) -> Non
 def test_every_int64_comes_through_exactly(values: list[int]) -> None:
     """No whole number takes a detour over floating point."""
     assert parse_json({"inputs": values}, x("int64"))["x"].tolist() == values
+
+
+def _fits(value: object) -> bool:
+    """Whether a request is two finite numbers of float32 in each of one to eight rows, as the words of docs/http.md say it."""
+    rows = value.get("inputs") if isinstance(value, dict) else None
+    rows = rows["x"] if isinstance(rows, dict) and list(rows) == ["x"] else rows
+    return (
+        isinstance(rows, list)
+        and 1 <= len(rows) <= MAX_ROWS
+        and all(isinstance(row, list) and len(row) == 2 for row in rows)
+        and all(
+            isinstance(cell, (int, float)) and not isinstance(cell, bool) and abs(cell) < 3.4e38
+            for row in rows
+            for cell in row
+        )
+    )
+
+
+@given(
+    bodies
+    | st.lists(st.lists(cells, min_size=2, max_size=2), max_size=9).map(lambda rows: b'{"inputs": %b}' % _json(rows))
+)
+def test_what_is_taken_is_what_the_schema_and_the_signature_allow(body: bytes) -> None:
+    """The schema is written in pydantic, the parser is not: what one refuses the other does, and what fits both is taken."""
+    try:
+        taken = parse(body, signature(x("float32", 2)), MAX_ROWS)
+    except Refusal:
+        taken = None
+    try:
+        PredictRequest.model_validate_json(body)
+        allowed = True
+    except ValidationError:
+        allowed = False
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        value = None
+    assert allowed or taken is None
+    assert (taken is not None) == (allowed and _fits(value)) or any(
+        isinstance(cell, (int, float)) and 3.4e38 <= abs(cell) < 3.5e38 for cell in _numbers(value)
+    )
+
+
+@given(st.lists(nearly_rows.map(lambda rows: b'{"inputs": %b}' % _json(rows)), min_size=1, max_size=4))
+def test_bodies_that_are_parsed_together_come_out_as_each_by_itself(together: list[bytes]) -> None:
+    """What arrived in one turn is parsed at once where all of it is right, and gives the same arrays."""
+    one = signature(x("float32", None))
+    found = parse_together(together, one, MAX_ROWS)
+    if found is None:
+        return
+    for body, (arrays, rows) in zip(together, found, strict=True):
+        alone = parse(body, one, MAX_ROWS)
+        assert rows == len(alone["x"])
+        assert np.array_equal(arrays["x"], alone["x"])
+        assert arrays["x"].dtype == alone["x"].dtype
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _numbers(value: object) -> Iterator[object]:
+    if isinstance(value, list):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _numbers(each)
+    else:
+        yield value
