@@ -20,11 +20,27 @@ class Crew(ServiceProcess):
 
     def __init__(self, store: Path, *flags: str, workers: int = 2, **options: Any) -> None:
         super().__init__(store, "--workers", str(workers), *FLAGS, *flags, **options)
+        self.client.close()
+        self.client = _Patient(base_url=self.url, timeout=30)
         wait_for(lambda: self.metric("emaswap_workers") == workers, what="all workers")
 
     def pids(self) -> dict[int, int]:
         """The pid of each worker that has been started last under its number."""
         return {event["worker"]: event["pid"] for event in self.events("worker started")}
+
+
+class _Patient(httpx.Client):
+    """Asks again for what may be asked again when the worker behind its connection has ended."""
+
+    def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        """Send a request."""
+        for _ in range(3):
+            try:
+                return super().send(request, **options)
+            except httpx.TransportError:
+                if request.method != "GET":
+                    raise
+        return super().send(request, **options)
 
 
 class Client(threading.Thread):

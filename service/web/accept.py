@@ -6,6 +6,7 @@ stay: which worker wakes up first is chance, and SO_REUSEPORT draws lots for eac
 """
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 
@@ -27,8 +28,8 @@ class Acceptor:
         self._timer: asyncio.TimerHandle | None = None
         self._loop.add_reader(listener, self._heard)
 
-    def close(self) -> None:
-        """Take what has come, and no further connections. The socket is the caller's."""
+    async def close(self, *, for_all: bool) -> None:
+        """Take what has come, and no further connections. With `for_all`, no other process can take one either."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -36,6 +37,11 @@ class Acceptor:
             self._loop.remove_reader(self._listener)
         while self._accept():
             pass
+        if for_all:  # at once, so that nobody waits in vain for being taken
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def _heard(self) -> None:
         if self._ahead():

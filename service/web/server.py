@@ -107,6 +107,7 @@ class WorkerServer(Server):
         """Serve an application as `create_worker_app` makes it."""
         super().__init__(app)
         self._worker: Worker = app.state.service
+        self._worker.on_drain = lambda: self._drain("SIGTERM")
         self._listener = listener
         self._acceptor: Acceptor | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -122,7 +123,7 @@ class WorkerServer(Server):
         if self._accepting is not None:
             self._accepting.cancel()
         if self._acceptor is not None:
-            self._acceptor.close()
+            await self._acceptor.close(for_all=self._worker.ends_with_all)
         await super().shutdown(sockets)
 
     def _drain(self, name: str) -> None:

@@ -115,7 +115,8 @@ class WorkerPool:
         """Let the workers drain, and start no others. May be called from a signal handler."""
         self._ending = True
         for handle in list(self.handles.values()):
-            handle.signal(signal.SIGTERM)
+            if not handle.channel.send({"do": "drain"}):
+                handle.signal(signal.SIGTERM)
 
     def close(self) -> None:
         """End all workers that are still there."""

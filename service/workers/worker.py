@@ -50,6 +50,8 @@ class Worker:
         self.standing = Standing()
         self.answering = Answering(settings, self.slot, ServingMetrics(), self._give_up)
         self.serving = asyncio.Event()
+        self.ends_with_all = False
+        self.on_drain: Callable[[], None] = lambda: None
         self.connections: Callable[[], int] = lambda: 0
         self._channel = channel
         self._lane = Lane("emaswap-load")
@@ -100,6 +102,10 @@ class Worker:
             case "stand":
                 pin = None if message["pin"] is None else Pin.model_validate(message["pin"])
                 self.standing = Standing(status=message["status"], pin=pin)
+            case "drain":
+                self.ends_with_all = True
+                if not self.draining:
+                    self.on_drain()
             case "count":
                 counted = {"done": "counted", "ask": message["ask"]}
                 self._channel.send({**counted, "counted": self.answering.metrics.counted.state()})
