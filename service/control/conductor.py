@@ -6,7 +6,6 @@ It belongs to the event loop, which alone writes its records; everything that bl
 import asyncio
 import contextlib
 import gc
-import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,21 +17,22 @@ import structlog
 
 from emaswap import BadVersion, Identity, Missing, Reason, StoreError
 from emaswap.errors import describe
-from service.control.lane import Blocked, Hung, Lane
+from service.control.blocking import Blocking
+from service.control.guard import Guard
+from service.control.lane import Blocked, Hung
 from service.control.lifecycle import LOADING, History, State
 from service.control.loader import Loader
 from service.control.metrics import ControlMetrics
 from service.control.policy import Known, Load, decide
 from service.control.quarantine import Quarantine, Stamps
 from service.control.standing import Standing
-from service.control.survey import Survey, survey
+from service.control.survey import Survey
 from service.refusal import shorten
 from service.serving.servable import Served
 from service.serving.slot import Live, Slot
 
 log = structlog.get_logger("emaswap.service")
 
-_LOOK_TIMEOUT_S = 60.0
 # How long one look at the store serves while several versions are tried.
 _LOOK_LASTS_S = 1.0
 _LOADS_PER_TURN = 50
@@ -62,21 +62,15 @@ class Conductor(Generic[Live]):
         For `guard_s` seconds after a version went live, the one before is kept ready to take its place.
         """
         self._slot = slot
-        self._loader = loader
+        self._guard = Guard(slot, guard_s)
+        self._blocking = Blocking(loader, load_timeout_s=load_timeout_s)
         self._metrics = metrics
-        self._load_timeout_s = load_timeout_s
         self._history = History()
         self._quarantine = Quarantine(poll_s=poll_s)
-        self._looking = Lane("emaswap-look")
-        self._loading = Lane("emaswap-load")
         self._turn = asyncio.Lock()
         self._standing = Standing()
-        self._has_served = False
         self._by_order: Identity | None = None
-        self._guarded_since = -math.inf
-        self._guard_s = guard_s
-        self._guard: asyncio.TimerHandle | None = None
-        metrics.hung_loads.set_function(lambda: self._loading.hung)
+        metrics.hung_loads.set_function(lambda: self._blocking.hung_loads)
         metrics.know(self._history.newest_first)
 
     @property
@@ -124,8 +118,7 @@ class Conductor(Generic[Live]):
 
     def close(self) -> None:
         """Let the threads end; do not wait for work that is under way."""
-        self._looking.close()
-        self._loading.close()
+        self._blocking.close()
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
@@ -154,10 +147,7 @@ class Conductor(Generic[Live]):
         record = self._history.get(identity) if identity else None
         to_check = self._quarantine.to_check(above=self._above(), thorough=thorough)
         rejected = frozenset(self._quarantine.rejections)
-        found = await self._looking.run(
-            lambda: survey(self._loader.store, identity, record.stamp if record else None, rejected, to_check),
-            _LOOK_TIMEOUT_S,
-        )
+        found = await self._blocking.survey(identity, record.stamp if record else None, rejected, to_check)
         if identity and found.live_stamp:
             self._history.restamp(identity, found.live_stamp)
         self._history.discover(found.manifests)
@@ -181,11 +171,8 @@ class Conductor(Generic[Live]):
     async def _end_exception(self, identity: Identity, found: Survey) -> None:
         """Reject a live version that only the pin that is gone had let go live. It answers until another does."""
         self._by_order = None
-        candidate = await self._looking.run(lambda: self._loader.read(identity.version), _LOOK_TIMEOUT_S)
-        if candidate.manifest.identity != identity:
-            return
         try:
-            await self._looking.run(lambda: self._loader.check_place(candidate.manifest, found.look), _LOOK_TIMEOUT_S)
+            await self._blocking.check_place(identity, found.look)
         except BadVersion as error:
             self._quarantine.reject(identity.version, error, found.manifests.get(identity.version), None)
             log.warning("version not in line", version=identity.version, reason=error.reason, detail=error.detail)
@@ -265,7 +252,7 @@ class Conductor(Generic[Live]):
 
     async def _prove(self, attempt: "_Attempt", found: Survey) -> Live:
         loop = asyncio.get_running_loop()
-        candidate = await self._loading.run(lambda: self._loader.read(attempt.identity.version), self._load_timeout_s)
+        candidate = await self._blocking.read(attempt.identity.version)
         manifest = candidate.manifest
         live = self._slot.current
         if live is not None and manifest.identity == live.manifest.identity:
@@ -278,11 +265,8 @@ class Conductor(Generic[Live]):
         def enter(state: State) -> None:
             loop.call_soon_threadsafe(self._enter, attempt, state)
 
-        return await self._loading.run(
-            lambda: self._loader.load(
-                candidate, found.look, live=self._slot.current, enter=enter, timings_s=attempt.timings_s
-            ),
-            self._load_timeout_s,
+        return await self._blocking.load(
+            candidate, found.look, live=self._slot.current, enter=enter, timings_s=attempt.timings_s
         )
 
     def _enter(self, attempt: "_Attempt", state: State) -> None:
@@ -313,21 +297,15 @@ class Conductor(Generic[Live]):
         )
 
     def _go_live(self, servable: Live, timings_s: Mapping[str, float]) -> None:
-        if not self._has_served:
+        # An order holds whatever happens, and what is not in the store any more is nothing to return to.
+        pin = self._standing.pin
+        may_return = pin is None and bool(self._standing.in_store) and not self._is_kept_out()
+        self._by_order = servable.manifest.identity if pin else None
+        before = self._guard.swap(servable, may_return=may_return)
+        if before is None:
             # What is there by now stays: let the cycle collector, which stops everything else, never look at it again.
             gc.collect()
             gc.freeze()
-            self._has_served = True
-        # An order holds whatever happens, and what is not in the store any more is nothing to return to.
-        pin = self._standing.pin
-        guarded = self._guard_s > 0 and pin is None and bool(self._standing.in_store) and not self._is_kept_out()
-        self._by_order = servable.manifest.identity if pin else None
-        # Where versions follow quickly, each is compared with one that has stood the test, not with the last that came.
-        keep = time.monotonic() - self._guarded_since < self._guard_s
-        before = self._slot.swap(servable, guarded=guarded, keep=keep)
-        if self._slot.previous is before:
-            self._guarded_since = time.monotonic()
-        self._begin_guard(servable.version if guarded else None)
         if before is not None:
             self._history.enter(before.manifest.identity, State.PREVIOUS)
             loop = asyncio.get_running_loop()
@@ -351,13 +329,6 @@ class Conductor(Generic[Live]):
         """Return whether the live version would not be let in again."""
         live = self._slot.current
         return live is not None and live.version in self._quarantine.rejections
-
-    def _begin_guard(self, version: int | None) -> None:
-        """Have the guard over a version end in time, and that over the one before it at once."""
-        if self._guard is not None:
-            self._guard.cancel()
-        loop = asyncio.get_running_loop()
-        self._guard = None if version is None else loop.call_later(self._guard_s, self._slot.trust, version)
 
     def _note_return(self) -> None:
         """Note that the version before is live again, if it is."""
