@@ -132,7 +132,8 @@ def test_a_version_that_ends_processes_ends_one_at_a_time(
         wait_for(lambda: watch.newest == 3, what="version 3")
         assert len(lost) == 1
         assert not watch.back
-        assert [client for client in clients if not client.failures]
+        # Each end loses a client one request at most; the next try comes only after a while.
+        assert max(len(client.failures) for client in clients) <= len(crew.events("worker lost"))
         wait_for(lambda: crew.metric("emaswap_workers") == 3, what="three workers again")
 
 
