@@ -30,8 +30,8 @@ def draw(without: Answers, swapping: Answers, path: Path) -> None:
             axes.axvline(moment, color="#2f855a", linewidth=0.6, linestyle=":")
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_ylabel("latency, ms")
-        axes.set_ylim(bottom=0)
         axes.grid(visible=True, alpha=0.2)
+    above.set_ylim(bottom=0)  # of both, once both are drawn
     above.legend(fontsize=8, loc="upper right", ncols=3)
     below.set_xlabel("seconds")
     figure.savefig(path, dpi=110, metadata={"Software": None})
