@@ -20,7 +20,7 @@ from tests.service.web.test_predict import ROWS, put
 from tests.serving import ADMIN, ServiceProcess, wait_for
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_all_workers_change_version_together(store: DirectoryStore, publish: Publish, workers: int) -> None:
     """Whichever connections a client uses, versions never go back; every answer is the version's own; nothing fails."""
     publish()
@@ -84,7 +84,7 @@ def test_a_version_that_breaks_is_withdrawn_everywhere(store: DirectoryStore) ->
             assert (answer.status_code, answer.headers["X-Model-Version"]) == (200, "1")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_worker_that_ends_or_hangs_is_replaced(
     store: DirectoryStore, publish: Publish, number: signal.Signals
 ) -> None:
@@ -116,6 +116,7 @@ def test_a_worker_that_ends_or_hangs_is_replaced(
         assert not Path(f"/proc/{gone}").exists()
 
 
+@pytest.mark.long
 def test_a_version_that_ends_processes_ends_one_at_a_time(
     store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_version_that_ends_processes_ends_one_at_a_time(
         wait_for(lambda: crew.metric("emaswap_workers") == 3, what="three workers again")
 
 
+@pytest.mark.long
 def test_there_is_one_copy_of_the_weights(store: DirectoryStore) -> None:
     """What workers hold together is the weights once, and not once for each of them; so it is after many swaps."""
     module = Large()
@@ -154,6 +156,7 @@ def test_there_is_one_copy_of_the_weights(store: DirectoryStore) -> None:
     assert size <= shared <= 2.1 * size
 
 
+@pytest.mark.long
 def test_a_load_that_hangs_in_a_worker_is_given_up(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live version goes on answering, and a later version goes live."""
     put(store, Deadly(), ROWS)
