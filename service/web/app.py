@@ -47,13 +47,7 @@ _MAX_ADMIN_BODY_BYTES = 64 << 10
 def create_app(settings: ServiceSettings) -> FastAPI:
     """Return the ASGI application of a service in one process."""
     service = Service(settings)
-    predict = Predict(
-        service.answering,
-        settings,
-        standing=lambda: service.standing,
-        draining=lambda: service.draining,
-        token=Token.read(settings.predict_token_file, "predict"),
-    )
+    predict = _predict(service)
     app = create_control_app(service, Endpoint(predict), closing=predict.close)
     app.state.predict = predict
     add_cors(app, settings)
@@ -99,13 +93,7 @@ def create_control_app(
 def create_worker_app(worker: Worker, supervisor: Path) -> Starlette:
     """Return the application of a worker: it answers predictions, and relays the rest to its supervisor's socket."""
     settings = worker.settings
-    predict = Predict(
-        worker.answering,
-        settings,
-        standing=lambda: worker.standing,
-        draining=lambda: worker.draining,
-        token=Token.read(settings.predict_token_file, "predict"),
-    )
+    predict = _predict(worker)
     endpoint, relay = Endpoint(predict), Relay(supervisor, settings.root_path.rstrip("/"))
 
     @contextlib.asynccontextmanager
@@ -128,6 +116,16 @@ def create_worker_app(worker: Worker, supervisor: Path) -> Starlette:
     refused.install(app)
     add_cors(app, settings)
     return app
+
+
+def _predict(parts: Service | Worker) -> Predict:
+    return Predict(
+        parts.answering,
+        parts.settings,
+        standing=lambda: parts.standing,
+        draining=lambda: parts.draining,
+        token=Token.read(parts.settings.predict_token_file, "predict"),
+    )
 
 
 def add_cors(app: Starlette, settings: ServiceSettings) -> None:

@@ -24,7 +24,7 @@ class Relay:
     """The ASGI application that asks the supervisor."""
 
     def __init__(self, path: Path, root_path: str) -> None:
-        """The supervisor listens at this path of a Unix socket. It knows nothing of the root path."""
+        """The supervisor listens at this path of a Unix socket. It puts the root path in front of what it is asked itself."""
         self._root_path = root_path.encode()
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(path), limits=httpx.Limits(max_connections=_MOST)),

@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 uds=str(uds) if uds else None,
-                root_path="" if predict is None else settings.root_path.rstrip("/"),
+                root_path=settings.root_path.rstrip("/"),
                 proxy_headers=bool(settings.trusted_proxies),
                 forwarded_allow_ips=list(settings.trusted_proxies),
                 log_config=None,

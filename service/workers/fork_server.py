@@ -2,7 +2,7 @@
 
 A supervisor cannot fork: only the thread that forks lives on in the child, and the locks of the others with it. So the
 fork server is forked first. Each worker shares its memory with it, and is there in milliseconds. When the supervisor has
-gone, however that came about, the fork_server ends all workers and itself.
+gone, however that came about, the fork server ends all workers and itself.
 """
 
 import contextlib

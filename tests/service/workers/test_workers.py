@@ -221,6 +221,16 @@ def test_pins_reach_the_supervisor(store: DirectoryStore, publish: Publish, tmp_
         assert crew.client.head("/readyz").status_code == 200
 
 
+def test_behind_a_proxy_the_schema_is_found(store: DirectoryStore, publish: Publish) -> None:
+    """The path that a proxy takes off is known to the pages that the supervisor makes, and in nobody's way."""
+    publish()
+    with Crew(store.root, "--root-path", "/models/") as crew:
+        assert '"/models/openapi.json"' in crew.client.get("/docs").text.replace("'", '"')
+        assert crew.client.get("/openapi.json").status_code == 200
+        assert crew.client.get("/model/version").json()["version"] == 1
+        assert crew.predict(ROW).status_code == 200
+
+
 def test_connections_are_shared_out(store: DirectoryStore, publish: Publish) -> None:
     """Of connections that stay, each worker gets its part."""
     publish()
