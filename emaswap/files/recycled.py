@@ -19,7 +19,8 @@ class Recycled:
 
     def __init__(self) -> None:
         self._idle: mmap.mmap | None = None
-        self._turn = threading.Lock()
+        # The cycle collector may let go of memory on the very thread that asks for some.
+        self._turn = threading.RLock()
 
     def __call__(self, count: int) -> NDArray[np.uint8]:
         """Return memory of so many bytes. Raises `Short` when there is not so much."""

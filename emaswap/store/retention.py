@@ -1,8 +1,9 @@
 """Retention: which old versions a store lets go of, and their deletion.
 
 Kept are the newest, the pinned, and everything younger than a grace period, so that a reader who has just found a
-version can still fetch it, and a publisher can commit one whose files it has just written. Of the first version of a term the manifest stays for good: it is what a zombie of the
-term before collides with. What is not recognised is never deleted.
+version can still fetch it, and a publisher can commit one whose files it has just written. Of the first version of a
+term the manifest stays for good: it is what a zombie of the term before collides with. What is not recognised is never
+deleted.
 """
 
 from collections.abc import Callable, Collection, Mapping
